@@ -1,0 +1,72 @@
+// The one door from host code to a kernel: device guard, empty input, launch, launch check.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "place.h"
+
+namespace rdarts {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (device != previous_) check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~DeviceGuard() { cudaSetDevice(previous_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
+constexpr size_t kSharedByDefault = 48 * 1024;  // more must be asked for
+
+// How a kernel is spread: blocks of threads, bytes of shared memory. Zero blocks: nothing to do.
+struct Grid {
+  dim3 blocks, threads;
+  size_t shared = 0;
+};
+
+// One thread per item of [0, items).
+inline Grid grid_of(int64_t items, unsigned threads = 256) {
+  return {dim3(static_cast<unsigned>((items + threads - 1) / threads)), dim3(threads)};
+}
+
+// The kernel's threads start here: on the device, or in the harness that runs .cu files on the CPU.
+template <typename... Parameters>
+void start([[maybe_unused]] const char* name, void (*kernel)(Parameters...), const Grid& grid,
+           [[maybe_unused]] cudaStream_t stream, Parameters... arguments) {
+#ifdef RDARTS_ON_HOST
+  on_host::launch(name, kernel, grid.blocks, grid.threads, grid.shared, arguments...);
+#else
+  kernel<<<grid.blocks, grid.threads, grid.shared, stream>>>(arguments...);
+#endif
+}
+
+// Runs kernel(arguments...) on the place's stream; `name` is what an error calls it.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, const Place& place,
+            Arguments... arguments) {
+  if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
+  const DeviceGuard guard(place.device);
+  if (grid.shared > kSharedByDefault) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(grid.shared)),
+          name);
+  }
+  start(name, kernel, grid, reinterpret_cast<cudaStream_t>(place.stream),
+        Parameters(arguments)...);
+  check(cudaGetLastError(), name);
+}
+
+}  // namespace rdarts

@@ -1,0 +1,18 @@
+// Where a launcher runs: a CPU unit and its threads, or a CUDA device and stream.
+#pragma once
+
+#include <cstdint>
+
+namespace rdarts {
+
+// The instruction sets the CPU files are compiled for, in ascending order.
+enum class Unit { kBase, kAvx2, kAvx512 };
+
+struct Place {
+  Unit unit;
+  int threads;
+  int device;             // CUDA device, or -1 for the CPU
+  std::uintptr_t stream;  // cudaStream_t
+};
+
+}  // namespace rdarts

@@ -1,0 +1,103 @@
+"""The native extension: imported after torch, checked against the sources beside it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch  # first: the extension then shares torch's OpenMP library and its thread pool
+from torch import Tensor
+
+from rdarts_fast.csrc_hash import csrc_hash
+from rdarts_fast.errors import UserError
+
+_CLONE = Path(__file__).resolve().parent.parent
+
+
+def load_extension(clone: Path = _CLONE) -> ModuleType:
+    """Import `_rdarts_fast`.
+
+    Raises ImportError where it is not installed, or where `clone` holds csrc/ and the extension was
+    built from other sources.
+    """
+    try:
+        module = importlib.import_module("_rdarts_fast")
+    except ModuleNotFoundError as error:
+        if error.name != "_rdarts_fast":
+            raise
+        raise ImportError(
+            "the native module _rdarts_fast is not installed: run `pip install .` in the clone"
+        ) from error
+    sources = clone / "csrc"
+    if not (sources / "bindings.cpp").is_file():
+        return module
+    found, expected = module.build_info()["csrc_hash"], csrc_hash(sources)
+    if found != expected:
+        raise ImportError(
+            f"{module.__file__} was built from other sources (hash {found[:12]}) than lie in "
+            f"{sources} ({expected[:12]}): {_cure(Path(str(module.__file__)), clone)}"
+        )
+    return module
+
+
+def _cure(built: Path, clone: Path) -> str:
+    if built.resolve().parent == clone:
+        # Left there by an editable install, it would also hide one made by `pip install .`.
+        return "run `pip install -e .` again, or delete that file and run `pip install .`"
+    return f"run `pip install .` in {clone}"
+
+
+extension = load_extension()
+
+
+def build_info() -> dict[str, Any]:
+    """Return what the extension was built from, by and for.
+
+    Keys: version, csrc_hash, compiler, build_type, cpu_units, cuda_archs (empty in a CPU build) and
+    cuda_runtime (None in a CPU build).
+    """
+    return dict(extension.build_info())
+
+
+def cpu_unit() -> str:
+    """Return the CPU unit in use: the best this machine runs, or what RDARTS_CPU names.
+
+    Raises UserError where RDARTS_CPU names a unit that is unknown or that this machine cannot run.
+    """
+    runnable: list[str] = extension.runnable_units()
+    wish = os.environ.get("RDARTS_CPU", "")
+    if not wish:
+        return runnable[-1]
+    if wish not in runnable:
+        known = wish in build_info()["cpu_units"]
+        reason = "this machine does not have its instructions" if known else "no such unit"
+        raise UserError(f'RDARTS_CPU="{wish}": {reason}; set one of {", ".join(runnable)} or unset')
+    return wish
+
+
+def runs_on(device: torch.device) -> bool:
+    """Say whether the extension has launchers for `device`."""
+    return device.type == "cpu" or (device.type == "cuda" and bool(build_info()["cuda_archs"]))
+
+
+def place(device: torch.device) -> Any:
+    """Return the extension's Place for `device`: unit and threads, or CUDA device and stream."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        stream = torch.cuda.current_stream(index).cuda_stream
+        return extension.Place(cpu_unit(), device=index, stream=stream)
+    return extension.Place(cpu_unit(), threads=torch.get_num_threads())
+
+
+def filled(fill: str, out: Tensor, seed: int, counter: Sequence[int]) -> Tensor:
+    """Fill the contiguous `out` by the extension's philox function of that name and return it.
+
+    `counter` holds the four words of the first block's counter (draws.py).
+    """
+    launcher = getattr(extension, fill)
+    launcher(out.data_ptr(), out.numel(), seed, counter, place(out.device))
+    return out
