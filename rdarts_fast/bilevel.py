@@ -1,0 +1,144 @@
+"""The bilevel step of DARTS (section 2.3): gradients of the alphas through the weights, and the
+weights' own step.
+
+The alphas minimise the validation loss at the weights' optimum, of which one virtual step is the
+approximation (DARTS, equation 6; paper, section 2.1):
+
+    w'      = w - eta * (momentum * buffer + dL_train/dw + weight_decay * w)
+    dalpha  = dL_val(w')/dalpha - eta * d2L_train(w)/dalpha dw @ v,      v = dL_val(w')/dw'
+    d2L_train(w)/dalpha dw @ v
+            ~ (dL_train(w + eps v)/dalpha - dL_train(w - eps v)/dalpha) / (2 eps)
+
+with eps = epsilon_scale / |v| (DARTS, equations 7 and 8; published scale 0.01). First order has
+w' = w and no second term.
+
+Everything here takes closures and lists of tensors, so that it is tested on functions with known
+derivatives. A closure computes its loss at the present values of the tensors; it may draw afresh
+each time it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class VirtualStep:
+    """The weights' optimiser as the virtual step sees it."""
+
+    learning_rate: float  # eta
+    momentum: float
+    weight_decay: float
+    buffers: Sequence[Tensor | None]  # one momentum buffer a parameter, None before the first step
+
+
+@dataclass(frozen=True)
+class AlphaGradient:
+    """The gradient of the alphas, and the validation loss it was taken at (w' in second order)."""
+
+    gradient: list[Tensor]
+    validation_loss: Tensor
+
+
+@contextmanager
+def unchanged(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Put the tensors' values back on leaving, bit for bit, whatever happened inside; yields the
+    saved values.
+    """
+    saved = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield saved
+    finally:
+        with torch.no_grad():
+            if saved:
+                torch._foreach_copy_(list(tensors), saved)
+
+
+def first_order(
+    validation_loss: Loss, alphas: Sequence[Tensor], buffers: Sequence[Tensor] = ()
+) -> AlphaGradient:
+    """Return dL_val/dalpha at the present weights (DARTS, section 2.3, eta = 0).
+
+    alphas: [E, O] each. buffers: what a forward pass moves (batch-norm statistics), put back bit
+    for bit.
+    """
+    with unchanged(buffers):
+        loss = validation_loss()
+        gradient = torch.autograd.grad(loss, list(alphas), materialize_grads=True)
+    return AlphaGradient(list(gradient), loss.detach())
+
+
+def second_order(
+    training_loss: Loss,
+    validation_loss: Loss,
+    parameters: Sequence[Tensor],
+    alphas: Sequence[Tensor],
+    step: VirtualStep,
+    *,
+    epsilon_scale: float = 0.01,
+    buffers: Sequence[Tensor] = (),
+) -> AlphaGradient:
+    """Return the alphas' gradient through one virtual step of the weights (DARTS, equation 7).
+
+    parameters and buffers are the same bits afterwards. The closures are called four times:
+    training at w, validation at w', training at w + eps v and w - eps v.
+    """
+    parameters = list(parameters)
+    with unchanged(buffers), unchanged(parameters) as at_w:
+        _virtual_step(training_loss(), parameters, step)
+        loss = validation_loss()
+        gradients = torch.autograd.grad(loss, [*alphas, *parameters], materialize_grads=True)
+        direct, vector = list(gradients[: len(alphas)]), gradients[len(alphas) :]
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, at_w)
+        implicit = implicit_term(training_loss, parameters, alphas, vector, epsilon_scale)
+        torch._foreach_sub_(direct, implicit, alpha=step.learning_rate)
+    return AlphaGradient(direct, loss.detach())
+
+
+def _virtual_step(loss: Tensor, parameters: list[Tensor], step: VirtualStep) -> None:
+    gradient = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    with torch.no_grad():
+        move = torch._foreach_add(list(gradient), parameters, alpha=step.weight_decay)
+        pairs = [(m, b) for m, b in zip(move, step.buffers, strict=True) if b is not None]
+        if pairs:
+            moves, momenta = (list(column) for column in zip(*pairs, strict=True))
+            torch._foreach_add_(moves, momenta, alpha=step.momentum)
+        torch._foreach_add_(parameters, move, alpha=-step.learning_rate)
+
+
+def implicit_term(
+    training_loss: Loss,
+    parameters: Sequence[Tensor],
+    alphas: Sequence[Tensor],
+    vector: Sequence[Tensor],
+    epsilon_scale: float = 0.01,
+) -> list[Tensor]:
+    """Return d2L_train/dalpha dw @ vector by central differences of step epsilon_scale / |vector|
+    (DARTS, equation 8).
+
+    vector: one tensor a parameter. A zero vector gives zeros. The parameters are the same bits
+    afterwards.
+    """
+    parameters, vector = list(parameters), list(vector)
+    norm = float(torch.nn.utils.get_total_norm(vector))
+    if norm == 0.0:
+        return [torch.zeros_like(alpha) for alpha in alphas]
+    epsilon = epsilon_scale / norm
+    with unchanged(parameters) as at_w:
+        sides = []
+        for sign in (1.0, -1.0):
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, at_w)
+                torch._foreach_add_(parameters, vector, alpha=sign * epsilon)
+            gradient = torch.autograd.grad(training_loss(), list(alphas), materialize_grads=True)
+            sides.append(list(gradient))
+        difference = torch._foreach_sub(sides[0], sides[1])
+        return list(torch._foreach_div(difference, 2.0 * epsilon))

@@ -1,0 +1,379 @@
+"""Every setting, its published value and when to change it; presets; the command line.
+
+A field's comment is its help text. Published values are those of the paper and its code. Data sets
+that are not 32x32 photographs have defaults of their own (`DATA_DEFAULTS`); `--preset paper` is the
+published setting everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+
+from rdarts_fast.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every run has."""
+
+    data: str = "digits"
+    """digits, cifar10, cifar100, svhn, fashion_mnist, folder:PATH (train/ and test/ with a folder a
+    class) or npz:FILE.
+    """
+    data_root: Path = Path("data")
+    """Where downloaded data sets lie."""
+    image_size: int | None = None
+    """Resize (shorter side) and centre-crop images to this size; needed where a folder has mixed
+    sizes.
+    """
+    preset: str = "default"
+    """A named set of defaults; flags given beside it win. default: the data set's own."""
+    out: Path | None = None
+    """The run's folder, not there yet [runs/<name>-<time>]."""
+    resume: Path | None = None
+    """Go on with the run in this folder, with its settings."""
+    seed: int = 0
+    """Seed of the weights, the alphas, batches, augmentation, noise and masks."""
+    epochs: int = 50
+    """Passes over the training images."""
+    epoch_steps: int | None = None
+    """At most this many batches an epoch, training and validation alike, for a quick look [all]."""
+    batch_size: int = 64
+    """Images a batch; the published value."""
+    channels: int = 16
+    """Channels of the first cells, doubled at both reductions."""
+    layers: int = 8
+    """Cells."""
+    learning_rate: float = 0.025
+    """SGD's learning rate at the start; falls along a cosine."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+    weight_decay: float = 3e-4
+    """L2 factor on the weights; the paper searches with 3e-4 x 1, 3, 9, 27, 81."""
+    grad_clip: float = 5.0
+    """Largest norm of the weights' gradient."""
+    drop_path_prob: float = 0.0
+    """Probability of dropping an edge at the last epoch, growing linearly from 0 (the paper
+    searches with 0 to 0.6).
+    """
+    cutout_length: int | None = None
+    """Side of the cutout square in pixels [the data set's own: 16 at 32x32]."""
+    cutout_prob: float = 1.0
+    """Probability of cutout for an image (the search cuts out only where drop_path_prob > 0, as
+    published).
+    """
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    threads: int | None = None
+    """CPU threads [torch's default]. The bits of a run depend on it."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints inside an epoch; there is one after every epoch anyway."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run's folder (needs the extra `tensorboard`)."""
+
+
+@dataclass(frozen=True)
+class SearchConfig(RunConfig):
+    """Settings of a search (paper, section 2.1; the values of DARTS)."""
+
+    space: str = "s4"
+    """s1, s2, s3, s4, s5 (the paper's small one), darts (8 operations; s5 in the official code), or
+    a .json file.
+    """
+    backend: Literal["reference"] = "reference"
+    """reference: one torch module per candidate, as published."""
+    order: Literal["first", "second"] = "second"
+    """second: alphas through one virtual step of the weights, as published; first: without, about
+    three times faster.
+    """
+    epsilon_scale: float = 0.01
+    """Second order's finite difference: its step is this over the norm of the vector (published
+    0.01, far from exact).
+    """
+    noise_per_pass: Literal["fresh", "shared"] = "fresh"
+    """fresh: noise and masks drawn anew in each forward pass of a step, as published; shared: once
+    a step.
+    """
+    learning_rate_min: float = 0.001
+    """SGD's learning rate at the end of the cosine."""
+    alpha_learning_rate: float = 3e-4
+    """Adam's learning rate on the alphas."""
+    alpha_beta1: float = 0.5
+    """Adam's first beta."""
+    alpha_beta2: float = 0.999
+    """Adam's second beta."""
+    alpha_weight_decay: float = 1e-3
+    """Weight decay on the alphas."""
+    cutout_schedule: Literal["constant", "linear"] = "constant"
+    """constant: cutout_prob from the start, as the published code ran; linear: growing from 0, as
+    the paper says.
+    """
+
+
+@dataclass(frozen=True)
+class RetrainConfig(RunConfig):
+    """Settings of training a found network from scratch (paper, appendix B.1)."""
+
+    source: tyro.conf.Positional[str] = ""
+    """A run's folder, or a genotype file (JSON or the official text form)."""
+    genotypes_at: str = ""
+    """Retrain the run's genotypes of these epochs, such as 0,5,10, each into its own folder [the
+    last only].
+    """
+    data: str = ""
+    """As in the search [the run's own; digits for a genotype file]."""
+    epochs: int = 600
+    """Passes over the training images."""
+    batch_size: int = 96
+    """Images a batch."""
+    learning_rate_min: float = 0.0
+    """SGD's learning rate at the end of the cosine."""
+    drop_path_prob: float = 0.2
+    """Probability of dropping an operation (never an identity) at the last epoch, growing linearly
+    from 0.
+    """
+    auxiliary: bool = True
+    """A second classifier after two thirds of the cells; off where its feature map is below 4x4."""
+    auxiliary_weight: float = 0.4
+    """Weight of the auxiliary loss."""
+
+
+Config = TypeVar("Config", SearchConfig, RetrainConfig)
+
+# A data set's own defaults, below preset "paper" and the flags. Small images and few of them: a
+# smaller network, and alphas that move faster, since a search of a few hundred steps at 3e-4 would
+# leave them where they started. One thread: tensors of a few thousand numbers gain next to nothing
+# from a second one, and lose much where another program wants the core.
+_SMALL_SEARCH: Mapping[str, Any] = {
+    "channels": 8,
+    "layers": 4,
+    "epochs": 25,
+    "learning_rate": 0.05,
+    "alpha_learning_rate": 3e-3,
+    "threads": 1,
+}
+_SMALL_RETRAIN: Mapping[str, Any] = {
+    "channels": 8,
+    "layers": 4,
+    "epochs": 40,
+    "batch_size": 64,
+    "threads": 1,
+}
+DATA_DEFAULTS: Mapping[type, Mapping[str, Mapping[str, Any]]] = {
+    SearchConfig: {"digits": _SMALL_SEARCH},
+    RetrainConfig: {"digits": _SMALL_RETRAIN},
+}
+PRESETS: Mapping[type, Mapping[str, Mapping[str, Any] | None]] = {
+    SearchConfig: {
+        "default": None,  # the data set's own
+        "paper": {},
+        "quick": {
+            "channels": 4,
+            "layers": 3,
+            "epochs": 5,
+            "learning_rate": 0.1,
+            "alpha_learning_rate": 3e-3,
+            "epoch_steps": 12,
+            "threads": 1,
+        },
+    },
+    RetrainConfig: {
+        "default": None,
+        "paper": {},  # 8 cells of 16 channels: CIFAR-100, SVHN, and CIFAR-10's L2 sweep on S2-S4
+        "8x16": {},
+        "20x16": {"layers": 20},  # CIFAR-10 on S2 and S4
+        "20x36": {"layers": 20, "channels": 36},  # CIFAR-10 on S1 and S3
+        "quick": {
+            "channels": 4,
+            "layers": 3,
+            "epochs": 5,
+            "batch_size": 64,
+            "epoch_steps": 12,
+            "threads": 1,
+        },
+    },
+}
+# The least that a whole number may be.
+_LEAST = {
+    "epochs": 1,
+    "epoch_steps": 1,
+    "batch_size": 2,
+    "channels": 1,
+    "layers": 1,
+    "threads": 1,
+    "image_size": 8,
+    "cutout_length": 1,
+}
+# What a resumed run may change without changing what it computes.
+FREE_ON_RESUME = ("resume", "device", "threads", "checkpoint_minutes", "tensorboard", "data_root")
+
+
+def defaults(kind: type[Config], data: str, preset: str) -> Config:
+    """Return the settings that hold before any flag. Raises UserError for an unknown preset."""
+    presets = PRESETS[kind]
+    if preset not in presets:
+        raise unknown("preset", preset, presets)
+    values = presets[preset]
+    if values is None:
+        values = DATA_DEFAULTS[kind].get(data.split(":")[0], {})
+    return kind(**{"data": data, "preset": preset, **values})
+
+
+def from_settings(kind: type[Config], settings: Mapping[str, Any]) -> Config:
+    """Return the config of keyword settings, such as run_search's. Raises UserError for an unknown
+    or a bad one.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in settings:
+        if name not in names:
+            raise unknown("setting", name, names)
+    values = _with_paths(settings)
+    first = kind(**values)
+    _check_types(first)
+    base = _base(first)
+    return _finished(base, dataclasses.replace(base, **values))
+
+
+def parse(
+    kind: type[Config], description: str, program: str, arguments: Sequence[str] | None = None
+) -> Config:
+    """Return the config of a command line; --help shows the defaults that the other flags given
+    beside it mean.
+
+    Raises UserError for a bad value; an unknown flag ends the process with 2 and the nearest flags.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    without_help = [word for word in given if word not in ("-h", "--help")]
+    first = tyro.cli(kind, prog=program, args=without_help)
+    base = _base(first)
+    config = tyro.cli(kind, prog=program, description=description, args=given, default=base)
+    return _finished(base, config)
+
+
+def _base(first: Config) -> Config:
+    """Return the defaults for what was given: of a resumed run, of a source run's data set, of data
+    and preset.
+    """
+    kind = type(first)
+    if first.resume is not None:
+        return stored(kind, first.resume, "--resume")
+    source = Path(getattr(first, "source", ""))
+    if first.data or not (source / "config.json").is_file():
+        return defaults(kind, first.data or "digits", first.preset)
+    run = stored(SearchConfig, source, "source")
+    base = defaults(kind, run.data, first.preset)
+    return dataclasses.replace(base, data_root=run.data_root, image_size=run.image_size)
+
+
+def _finished(base: Config, config: Config) -> Config:
+    if config.resume is not None:
+        check_same(base, config)
+    return checked(config)
+
+
+def stored(kind: type[Config], folder: Path, what: str) -> Config:
+    """Return the config of the run in `folder`; `what` names it in the UserError where there is
+    none or another kind.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{what} {folder}: not a run's folder ({path}: {error.strerror})"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{what} {folder}: {path} is not JSON: {error}") from error
+    names = {field.name for field in dataclasses.fields(kind)} - {"resume"}
+    strange = sorted(set(values) ^ names) if isinstance(values, dict) else ["everything"]
+    if strange:
+        name = kind.__name__.removesuffix("Config").lower()
+        raise UserError(
+            f"{what} {folder}: not a {name} of this version of rdarts_fast "
+            f"(config.json differs in {', '.join(strange[:5])})"
+        )
+    return kind(**_with_paths(values))
+
+
+def _with_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    paths = ("data_root", "out", "resume")
+    return {k: Path(v) if k in paths and v is not None else v for k, v in values.items()}
+
+
+def check_same(run: Config, given: Config) -> None:
+    """Raise UserError naming the first setting that `given` changes of a begun `run`."""
+    for field in dataclasses.fields(run):
+        before, now = getattr(run, field.name), getattr(given, field.name)
+        if now != before and field.name not in FREE_ON_RESUME:
+            raise UserError(
+                f"{flag(field.name)}: the run was started with {before}, got {now}; "
+                "a resumed run keeps its settings"
+            )
+
+
+def _check_types(config: RunConfig) -> None:
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        options = get_args(hint) or (hint,)
+        if get_origin(hint) is Literal:
+            fits, expected = value in options, " or ".join(options)
+        elif float in options:
+            fits, expected = type(value) in (int, float), "a number"
+        elif int in options:
+            fits, expected = type(value) in options, "a whole number"
+        else:
+            fits = isinstance(value, options)
+            expected = {str: "text", bool: "True or False"}.get(options[0], "a path")
+        if not fits:
+            raise UserError(f"{flag(name)}: expected {expected}, got {value!r}")
+
+
+def checked(config: Config) -> Config:
+    """Return the config after checking its ranges. Raises UserError naming the flag."""
+    for name, least in _LEAST.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise UserError(
+                f"{flag(name)}: expected a whole number of at least {least}, got {value}"
+            )
+    if not 0 <= config.seed < 2**64:
+        raise UserError(f"--seed: expected 0 to 2**64 - 1, got {config.seed}")
+    for field in dataclasses.fields(config):
+        if field.type == "float":
+            _check_number(field.name, getattr(config, field.name))
+    for name in ("epsilon_scale", "grad_clip"):
+        if getattr(config, name, 1.0) == 0.0:
+            raise UserError(f"{flag(name)}: expected a number above 0, got 0")
+    return config
+
+
+def _check_number(name: str, value: float) -> None:
+    below_one = name in ("drop_path_prob", "momentum", "alpha_beta1", "alpha_beta2")
+    most = 1.0 if below_one or name == "cutout_prob" else sys.float_info.max
+    if not 0.0 <= value <= most or (below_one and value == 1.0):
+        limit = " and below 1" if below_one else " and at most 1" if most == 1.0 else ""
+        raise UserError(f"{flag(name)}: expected a number of at least 0{limit}, got {value}")
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """Return the config as config.json holds it."""
+    values = dataclasses.asdict(config)
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items() if k != "resume"}
+
+
+def has_own_defaults(kind: type[Config], data: str) -> bool:
+    """Whether the data set has defaults of its own, other than the published ones."""
+    return data.split(":")[0] in DATA_DEFAULTS[kind]

@@ -1,0 +1,8 @@
+"""The networks: candidate operations, cells, the supernet that is searched and the network a
+genotype stands for.
+"""
+
+from rdarts_fast.networks.discrete import Network, auxiliary_fits
+from rdarts_fast.networks.supernet import BACKENDS, Supernet, softmax_weights
+
+__all__ = ["BACKENDS", "Network", "Supernet", "auxiliary_fits", "softmax_weights"]

@@ -1,0 +1,180 @@
+"""The supernet: every edge computes the weighted sum of all its candidate operations (DARTS,
+section 2.2).
+
+`backend="reference"` is the published network: one torch module per candidate, `sum(w * op(x))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rdarts_fast.draws import SITE_ALPHAS, SITE_NETWORK, Draws
+from rdarts_fast.errors import unknown
+from rdarts_fast.networks.operations import (
+    Noise,
+    apply,
+    candidate,
+    drop_path_factors,
+    preprocess,
+    stem,
+)
+from rdarts_fast.spaces import CELL_TYPES, INPUTS, Space, edges_into, load_space
+
+BACKENDS = ("reference",)
+STEM_MULTIPLIER = 3
+SITES_PER_CELL = 4096  # a cell's draws: drop path at its first site, then one site a candidate
+SITES_PER_EDGE = 16
+ALPHA_SCALE = 1e-3
+
+Weights = Mapping[str, Tensor]  # cell type -> [E, O]
+
+
+def softmax_weights(alphas: Weights) -> dict[str, Tensor]:
+    """Return the operations' weights, softmax over the candidates of each edge: cell type -> [E,
+    O].
+    """
+    return {kind: torch.softmax(alpha, dim=-1) for kind, alpha in alphas.items()}
+
+
+def is_reduction(cell: int, layers: int) -> bool:
+    """Whether cell number `cell` of `layers` halves the size: those at a third and two thirds."""
+    return cell in (layers // 3, 2 * layers // 3)
+
+
+class MixedOp(nn.Module):
+    """An edge of the supernet: all candidates on one input, summed under the edge's weights."""
+
+    def __init__(self, names: tuple[str, ...], channels: int, stride: int, site: int) -> None:
+        super().__init__()
+        self.operations = nn.ModuleList(candidate(name, channels, stride) for name in names)
+        for o, operation in enumerate(self.operations):
+            if isinstance(operation, Noise):
+                operation.site = site + o
+
+    def forward(self, x: Tensor, weights: Tensor, draws: Draws) -> Tensor:  # weights: [O]
+        pairs = zip(weights, self.operations, strict=True)
+        terms = [weight * apply(operation, x, draws) for weight, operation in pairs]
+        total: Tensor = sum(terms[1:], terms[0])
+        return total
+
+
+class SearchCell(nn.Module):
+    """A cell of the supernet: two inputs, `space.nodes` intermediate nodes, output their
+    concatenation.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        kind: str,
+        inputs: tuple[int, int],
+        channels: int,
+        shrunk: bool,
+        site: int,
+    ) -> None:
+        super().__init__()
+        self.kind, self.nodes, self.site = kind, space.nodes, site
+        self.preprocess0 = preprocess(inputs[0], channels, shrunk, affine=False)
+        self.preprocess1 = preprocess(inputs[1], channels, False, affine=False)
+        self.edges = nn.ModuleList()
+        for node in range(space.nodes):
+            for source, e in enumerate(edges_into(node)):
+                stride = 2 if kind == "reduce" and source < INPUTS else 1
+                names = space.cells[kind][e]
+                first = site + 1 + e * SITES_PER_EDGE
+                self.edges.append(MixedOp(names, channels, stride, first))
+
+    def forward(
+        self, s0: Tensor, s1: Tensor, weights: Tensor, draws: Draws, drop_path: float
+    ) -> Tensor:  # weights: [E, O]
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        factors = None
+        if drop_path > 0.0 and self.training:
+            factors = drop_path_factors(draws, self.site, len(self.edges), s0, drop_path)  # [E, N]
+        for node in range(self.nodes):
+            terms = []
+            for source, e in enumerate(edges_into(node)):
+                term = self.edges[e](states[source], weights[e], draws)
+                terms.append(term if factors is None else term * factors[e].view(-1, 1, 1, 1))
+            states.append(sum(terms[1:], terms[0]))
+        return torch.cat(states[INPUTS:], dim=1)
+
+
+class Supernet(nn.Module):
+    """The search network of DARTS over `space` (paper, section 2.1; 8 cells of 16 channels as
+    published).
+
+    space: a Space or the name of one. channels: of the first cells, doubled at each of the two
+    reductions. `drop_path_prob` is the probability of dropping an edge per sample, in train mode
+    only; the search sets it each epoch. Raises UserError for an unknown backend.
+    """
+
+    def __init__(
+        self,
+        space: Space | str,
+        channels: int = 16,
+        layers: int = 8,
+        classes: int = 10,
+        backend: str = "reference",
+        image_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if backend not in BACKENDS:
+            raise unknown("backend", backend, BACKENDS)
+        if min(channels, layers, classes, image_channels) < 1:
+            raise ValueError("channels, layers, classes and image_channels need to be at least 1")
+        self.space = load_space(space) if isinstance(space, str) else space
+        self.backend = backend
+        self.drop_path_prob = 0.0
+        self.stem = stem(image_channels, STEM_MULTIPLIER * channels)
+        inputs = (STEM_MULTIPLIER * channels, STEM_MULTIPLIER * channels)
+        self.cells = nn.ModuleList()
+        shrunk = False
+        for i in range(layers):
+            kind = "reduce" if is_reduction(i, layers) else "normal"
+            channels *= 2 if kind == "reduce" else 1
+            site = SITE_NETWORK + i * SITES_PER_CELL
+            self.cells.append(SearchCell(self.space, kind, inputs, channels, shrunk, site))
+            inputs = (inputs[1], self.space.nodes * channels)
+            shrunk = kind == "reduce"
+        self.classifier = nn.Linear(inputs[1], classes)
+
+    def forward(self, images: Tensor, weights: Weights, draws: Draws | None = None) -> Tensor:
+        """Return the logits [N, classes] of images [N, C, H, W] under the operations' weights.
+
+        weights: cell type -> [E, O], softmax of the alphas, one-hot or anything else;
+        differentiable. draws: the key of noise and drop path; without one, a fresh key from torch's
+        generator. Raises ValueError where a shape does not fit.
+        """
+        self._check_weights(weights)
+        if draws is None:
+            draws = Draws(seed=int(torch.randint(2**62, ())))
+        s0 = s1 = self.stem(images)
+        for cell in self.cells:
+            assert isinstance(cell, SearchCell)
+            s0, s1 = s1, cell(s0, s1, weights[cell.kind], draws, self.drop_path_prob)
+        logits: Tensor = self.classifier(s1.mean(dim=(2, 3)))
+        return logits
+
+    def _check_weights(self, weights: Weights) -> None:
+        for kind in CELL_TYPES:
+            expected = (self.space.edges, self.space.operations(kind))
+            got = tuple(weights[kind].shape) if kind in weights else None
+            if got != expected:
+                raise ValueError(f"weights[{kind!r}]: expected shape {expected}, got {got}")
+
+    def initial_alphas(self, seed: int) -> dict[str, Tensor]:
+        """Return the alphas at the start, 1e-3 x N(0, 1) drawn from `seed`: cell type -> [E, O],
+        requiring gradients.
+        """
+        draws = Draws(seed)
+        parameter = self.classifier.weight
+        alphas = {}
+        for i, kind in enumerate(CELL_TYPES):
+            shape = (self.space.edges, self.space.operations(kind))
+            normal = draws.at(step=i).normal(SITE_ALPHAS, shape).to(parameter)
+            alphas[kind] = (ALPHA_SCALE * normal).requires_grad_()
+        return alphas

@@ -1,0 +1,217 @@
+"""Search spaces: which operations are candidates on which edge of which cell.
+
+S1-S4 are the four spaces of the paper (section 2 and appendix B), operations in the order of the
+published alphas. S5 is the paper's small space of 81 architectures (section 2.1). `darts` is the
+original space of DARTS.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rdarts_fast.errors import UserError, nearest, unknown
+
+# Every operation a space may name. The modules behind the names are in networks/operations.py,
+# which a test holds to this list.
+OPERATIONS = (
+    "none",
+    "skip_connect",
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "sep_conv_7x7",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+    "conv_7x1_1x7",
+    "noise",
+)
+CELL_TYPES = ("normal", "reduce")
+INPUTS = 2  # c_{k-2} and c_{k-1}
+
+Candidates = tuple[tuple[str, ...], ...]  # [E][O] names
+
+
+def edge_count(nodes: int) -> int:
+    """Return the number of edges of a cell: every node has an edge from each state before it."""
+    return sum(INPUTS + i for i in range(nodes))
+
+
+def edges_into(node: int) -> range:
+    """Return the edge indices that end in intermediate node `node` (0-based), by source."""
+    first = edge_count(node)
+    return range(first, first + INPUTS + node)
+
+
+@dataclass(frozen=True)
+class Space:
+    """A search space: per cell type, the candidate operations of each edge.
+
+    Edges are numbered by the node they end in, then by their source: c_{k-2}, c_{k-1}, node 0, node
+    1, ...
+    """
+
+    name: str
+    nodes: int  # intermediate nodes in a cell
+    cells: Mapping[str, Candidates]  # cell type -> [E][O]
+    description: str = ""
+
+    @property
+    def edges(self) -> int:
+        """E, the number of edges of a cell."""
+        return edge_count(self.nodes)
+
+    def operations(self, cell_type: str) -> int:
+        """O, the number of candidates on an edge of a `cell_type` cell."""
+        return len(self.cells[cell_type][0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the form that `--space my.json` reads."""
+        cells = {kind: [list(edge) for edge in edges] for kind, edges in self.cells.items()}
+        return {
+            "name": self.name,
+            "nodes": self.nodes,
+            "description": self.description,
+            "cells": cells,
+        }
+
+
+def _uniform(name: str, nodes: int, operations: tuple[str, ...], description: str) -> Space:
+    edges = (operations,) * edge_count(nodes)
+    return Space(name, nodes, dict.fromkeys(CELL_TYPES, edges), description)
+
+
+_S1_SHORT = {
+    "sk": "skip_connect",
+    "d3": "dil_conv_3x3",
+    "d5": "dil_conv_5x5",
+    "s3": "sep_conv_3x3",
+    "mp": "max_pool_3x3",
+    "ap": "avg_pool_3x3",
+}
+
+
+def _pairs(text: str) -> Candidates:
+    return tuple(tuple(_S1_SHORT[word] for word in pair.split("+")) for pair in text.split())
+
+
+# One row a node; within a row the edges from c_{k-2}, c_{k-1}, node 0, node 1, node 2.
+_S1_NORMAL = _pairs(
+    "sk+d3 sk+d5 sk+d5 sk+s3 sk+d3 mp+sk sk+s3 sk+s3 sk+d3 sk+s3 mp+sk sk+d3 d3+d5 d3+d5"
+)
+_S1_REDUCE = _pairs(
+    "mp+ap mp+d3 mp+ap mp+ap sk+d5 mp+ap mp+s3 sk+d3 sk+d5 mp+ap mp+ap sk+d5 sk+d5 sk+d5"
+)
+_DARTS = (
+    "none",
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+)
+
+SPACES: Mapping[str, Space] = {
+    space.name: space
+    for space in (
+        Space(
+            "s1",
+            4,
+            {"normal": _S1_NORMAL, "reduce": _S1_REDUCE},
+            "two operations an edge, a different pair on each",
+        ),
+        _uniform("s2", 4, ("skip_connect", "sep_conv_3x3"), "skip or 3x3 separable convolution"),
+        _uniform(
+            "s3",
+            4,
+            ("none", "skip_connect", "sep_conv_3x3"),
+            "zero, skip or 3x3 separable convolution",
+        ),
+        _uniform("s4", 4, ("noise", "sep_conv_3x3"), "Gaussian noise or 3x3 separable convolution"),
+        _uniform(
+            "s5",
+            1,
+            ("sep_conv_3x3", "skip_connect", "max_pool_3x3"),
+            "the paper's S5: one node, 81 architectures (the official code calls `darts` s5)",
+        ),
+        _uniform("darts", 4, _DARTS, "the original 8 operations (what the official code calls s5)"),
+    )
+}
+
+
+def load_space(name_or_path: str | Path) -> Space:
+    """Return a built-in space by name, or a user's own from a JSON file.
+
+    The file is {"nodes": 4, "cells": {"normal": [[name, ...], ...], "reduce": [...]}}: one list of
+    operation names an edge; a single list stands for all edges of the cell. "name" and
+    "description" are optional. Raises UserError for an unknown name, a missing file, or a malformed
+    entry (named).
+    """
+    text = str(name_or_path)
+    if text in SPACES:
+        return SPACES[text]
+    if not (text.endswith(".json") or "/" in text):
+        raise unknown("space", text, [*SPACES, "or a path to a .json file"])
+    path = Path(text)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"space {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"space {path}: not JSON: {error}") from error
+    return space_from_dict(data, str(path), default_name=path.stem)
+
+
+def space_from_dict(data: Any, where: str, default_name: str = "custom") -> Space:
+    """Return the space that `data` describes; `where` names it in the errors (UserError)."""
+    if not isinstance(data, dict):
+        raise UserError(f"space {where}: expected an object, got {type(data).__name__}")
+    for key in data:
+        if key not in ("name", "nodes", "cells", "description"):
+            hint = nearest(key, ["name", "nodes", "cells", "description"])
+            raise UserError(f'space {where}: unknown entry "{key}".{hint}')
+    nodes = data.get("nodes", 4)
+    if not isinstance(nodes, int) or isinstance(nodes, bool) or not 1 <= nodes <= 16:
+        raise UserError(f"space {where}: nodes: expected a whole number from 1 to 16, got {nodes}")
+    cells = data.get("cells")
+    if not isinstance(cells, dict) or set(cells) != set(CELL_TYPES):
+        got = sorted(cells) if isinstance(cells, dict) else cells
+        raise UserError(f'space {where}: cells: expected "normal" and "reduce", got {got}')
+    name, description = data.get("name", default_name), data.get("description", "")
+    if not isinstance(name, str) or not name or not isinstance(description, str):
+        raise UserError(f"space {where}: name and description: expected text, got {name!r}")
+    checked = {
+        kind: _candidates(cells[kind], nodes, f"space {where}: {kind}") for kind in CELL_TYPES
+    }
+    return Space(name, nodes, checked, description)
+
+
+def _candidates(edges: Any, nodes: int, where: str) -> Candidates:
+    expected = edge_count(nodes)
+    if isinstance(edges, list) and edges and all(isinstance(name, str) for name in edges):
+        edges = [edges] * expected
+    if not isinstance(edges, list) or len(edges) != expected:
+        got = len(edges) if isinstance(edges, list) else type(edges).__name__
+        raise UserError(f"{where}: expected {expected} edges for {nodes} nodes, got {got}")
+    for e, names in enumerate(edges):
+        if not isinstance(names, list) or not names:
+            raise UserError(f"{where}[{e}]: expected a list of operation names, got {names!r}")
+        for name in names:
+            if not isinstance(name, str) or name not in OPERATIONS:
+                raise UserError(f"{where}[{e}]: {unknown('operation', str(name), OPERATIONS)}")
+        if len(set(names)) != len(names):
+            raise UserError(f"{where}[{e}]: an operation stands there twice: {names}")
+        if len(names) != len(edges[0]):
+            raise UserError(
+                f"{where}[{e}]: {len(names)} candidates, but {where.split(': ')[-1]}[0] has "
+                f"{len(edges[0])}: all edges of a cell need the same number"
+            )
+        if names == ["none"]:
+            raise UserError(f'{where}[{e}]: "none" alone leaves nothing to choose')
+    return tuple(tuple(names) for names in edges)

@@ -1,0 +1,190 @@
+"""The alphas' gradient, on functions whose derivatives are known and on a supernet in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from rdarts_fast import bilevel
+from rdarts_fast.draws import Draws
+from rdarts_fast.networks import Supernet, softmax_weights
+
+DOUBLE = torch.float64
+
+
+class Quadratic:
+    """L_train = |w - A alpha|^2 / 2 + sum(w^3) / 6, L_val = |w - t|^2 / 2 + alpha . s: all
+    derivatives in closed form.
+    """
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=DOUBLE)
+
+        self.a, self.t, self.s = normal(5, 3), normal(5), normal(3)
+        self.w, self.alpha = normal(5).requires_grad_(), normal(3).requires_grad_()
+        self.momentum = normal(5)
+
+    def training_loss(self) -> Tensor:
+        return (self.w - self.a @ self.alpha).square().sum() / 2 + self.w.pow(3).sum() / 6
+
+    def validation_loss(self) -> Tensor:
+        return (self.w - self.t).square().sum() / 2 + self.alpha @ self.s
+
+    def expected(self, rate: float, momentum: float, decay: float) -> Tensor:
+        w, alpha = self.w.detach(), self.alpha.detach()
+        gradient = w - self.a @ alpha + w.square() / 2
+        virtual = w - rate * (momentum * self.momentum + gradient + decay * w)
+        vector = virtual - self.t  # dL_val/dw'
+        mixed = -self.a.T @ vector  # d2L_train/dalpha dw = -A^T
+        return self.s - rate * mixed
+
+
+def test_second_order_on_a_quadratic() -> None:
+    q = Quadratic()
+    step = bilevel.VirtualStep(0.1, 0.9, 0.01, [q.momentum])
+    before = q.w.detach().clone()
+    result = bilevel.second_order(q.training_loss, q.validation_loss, [q.w], [q.alpha], step)
+    torch.testing.assert_close(result.gradient[0], q.expected(0.1, 0.9, 0.01), rtol=1e-9, atol=1e-9)
+    assert torch.equal(q.w, before)
+    without_buffer = bilevel.second_order(
+        q.training_loss,
+        q.validation_loss,
+        [q.w],
+        [q.alpha],
+        bilevel.VirtualStep(0.1, 0.9, 0.01, [None]),
+    )
+    torch.testing.assert_close(
+        without_buffer.gradient[0], q.expected(0.1, 0.0, 0.01), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_first_order_on_a_quadratic() -> None:
+    q = Quadratic()
+    result = bilevel.first_order(q.validation_loss, [q.alpha])
+    assert torch.equal(result.gradient[0], q.s)
+    assert torch.equal(result.validation_loss, q.validation_loss().detach())
+
+
+def test_implicit_term_of_a_zero_vector_is_zero() -> None:
+    q = Quadratic()
+    (term,) = bilevel.implicit_term(
+        q.training_loss, [q.w], [q.alpha], [torch.zeros(5, dtype=DOUBLE)]
+    )
+    assert torch.equal(term, torch.zeros(3, dtype=DOUBLE))
+
+
+class Net:
+    """A small supernet in float64 with one fixed batch each, and noise and masks that are functions
+    of the pass.
+    """
+
+    def __init__(self, space: str = "s4") -> None:
+        torch.manual_seed(1)
+        self.supernet = Supernet(space, channels=4, layers=3, classes=5).double()
+        self.supernet.drop_path_prob = 0.3
+        self.alphas = self.supernet.initial_alphas(3)
+        generator = torch.Generator().manual_seed(2)
+        self.images = torch.randn(2, 6, 3, 8, 8, generator=generator, dtype=DOUBLE)
+        self.labels = torch.randint(5, (2, 6), generator=generator)
+        self.parameters = list(self.supernet.parameters())
+        self.calls: list[str] = []
+
+    def loss(self, half: int) -> Tensor:
+        self.calls.append(["train", "val"][half])
+        weights = softmax_weights(self.alphas)
+        logits = self.supernet(self.images[half], weights, Draws(7, step=half))
+        return torch.nn.functional.cross_entropy(logits, self.labels[half])
+
+    def training_loss(self) -> Tensor:
+        return self.loss(0)
+
+    def validation_loss(self) -> Tensor:
+        return self.loss(1)
+
+
+@pytest.mark.parametrize("space", ["s1", "s3", "s4"])
+def test_implicit_term_equals_double_backward(space: str) -> None:
+    net = Net(space)
+    alphas = list(net.alphas.values())
+    generator = torch.Generator().manual_seed(4)
+    vector = [torch.randn(p.shape, generator=generator, dtype=DOUBLE) for p in net.parameters]
+    term = bilevel.implicit_term(net.training_loss, net.parameters, alphas, vector, 1e-6)
+    gradient = torch.autograd.grad(net.training_loss(), net.parameters, create_graph=True)
+    product = sum((g * v).sum() for g, v in zip(gradient, vector, strict=True))
+    exact = torch.autograd.grad(product, alphas)
+    difference = torch.cat([(t - e).flatten() for t, e in zip(term, exact, strict=True)]).norm()
+    size = torch.cat([e.flatten() for e in exact]).norm()
+    assert size > 1e-3
+    assert difference / size < 1e-6
+
+
+def test_second_order_on_a_supernet_equals_the_formula() -> None:
+    net = Net()
+    alphas = list(net.alphas.values())
+    momenta = [torch.randn_like(p) * 0.1 for p in net.parameters]
+    rate, momentum, decay = 0.025, 0.9, 3e-4
+    step = bilevel.VirtualStep(rate, momentum, decay, momenta)
+    result = bilevel.second_order(
+        net.training_loss, net.validation_loss, net.parameters, alphas, step, epsilon_scale=1e-6
+    )
+    assert net.calls == ["train", "val", "train", "train"]
+
+    start = [p.detach().clone() for p in net.parameters]
+    gradient = torch.autograd.grad(net.training_loss(), net.parameters, create_graph=True)
+    with torch.no_grad():
+        for p, g, b in zip(net.parameters, gradient, momenta, strict=True):
+            p.data = p - rate * (momentum * b + g + decay * p)
+    at_virtual = torch.autograd.grad(net.validation_loss(), [*alphas, *net.parameters])
+    direct, vector = at_virtual[:2], at_virtual[2:]
+    with torch.no_grad():
+        for p, s in zip(net.parameters, start, strict=True):
+            p.data = s
+    gradient = torch.autograd.grad(net.training_loss(), net.parameters, create_graph=True)
+    product = sum((g * v).sum() for g, v in zip(gradient, vector, strict=True))
+    mixed = torch.autograd.grad(product, alphas)
+    for got, d, m in zip(result.gradient, direct, mixed, strict=True):
+        assert rate * m.norm() > 1e-6 * d.norm()  # the term is there to be seen
+        torch.testing.assert_close(got, d - rate * m, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_weights_and_buffers_are_the_same_bits_afterwards(order: str) -> None:
+    net = Net("s3")
+    alphas, buffers = list(net.alphas.values()), list(net.supernet.buffers())
+    before = {k: v.clone() for k, v in net.supernet.state_dict().items()}
+    if order == "first":
+        bilevel.first_order(net.validation_loss, alphas, buffers)
+    else:
+        step = bilevel.VirtualStep(0.025, 0.9, 3e-4, [None] * len(net.parameters))
+        bilevel.second_order(
+            net.training_loss, net.validation_loss, net.parameters, alphas, step, buffers=buffers
+        )
+    after = net.supernet.state_dict()
+    assert [k for k in before if not torch.equal(before[k], after[k])] == []
+    net.training_loss()  # a pass outside does move the buffers
+    after = net.supernet.state_dict()
+    assert [k for k in before if not torch.equal(before[k], after[k])] != []
+
+
+def test_an_exception_inside_leaves_the_weights_as_they_were() -> None:
+    q = Quadratic()
+    before = q.w.detach().clone()
+
+    def fails() -> Tensor:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        bilevel.second_order(
+            q.training_loss, fails, [q.w], [q.alpha], bilevel.VirtualStep(0.1, 0.9, 0.0, [None])
+        )
+    assert torch.equal(q.w, before)
+
+
+def test_an_alpha_that_does_not_matter_gets_a_zero_gradient() -> None:
+    q = Quadratic()
+    idle = torch.ones(2, dtype=DOUBLE, requires_grad=True)
+    step = bilevel.VirtualStep(0.1, 0.0, 0.0, [None])
+    result = bilevel.second_order(q.training_loss, q.validation_loss, [q.w], [q.alpha, idle], step)
+    assert torch.equal(result.gradient[1], torch.zeros(2, dtype=DOUBLE))
