@@ -1,0 +1,551 @@
+"""Pictures: cells as graphs, and curves. matplotlib is imported when a picture is drawn.
+
+A cell's nodes stand on one line. Edges from c_{k-2} run above it and edges from c_{k-1} below it,
+each in a lane of its own, the longer the farther out; an edge between neighbours is straight. So
+edges meet only where one climbs through another's lane, and a label lies on its lane where none
+does. Lengths are in inches, one unit of an axis.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rdarts_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Edge = tuple[int, int, str, float | None]  # from, to, operation, weight
+Point = tuple[float, float]
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; the line is a second cue.
+_PALETTE = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+    *("#E69F00", "#56B4E9", "#000000", "#F0E442"),
+)
+_SOLID, _DASHED, _DOTTED, _MIXED = (), (3.2, 1.4), (1.2, 1.4), (4.0, 1.3, 1.2, 1.3)
+
+
+@dataclass(frozen=True)
+class _Style:
+    short: str
+    name: str
+    color: str
+    dashes: tuple[float, ...] = _SOLID
+    hollow: bool = False
+
+
+_STYLES: Mapping[str, _Style] = {
+    "skip_connect": _Style("skip", "skip connection", "#D55E00", hollow=True),
+    "sep_conv_3x3": _Style("sep 3x3", "separable convolution 3x3", "#0072B2"),
+    "sep_conv_5x5": _Style("sep 5x5", "separable convolution 5x5", "#56B4E9"),
+    "sep_conv_7x7": _Style("sep 7x7", "separable convolution 7x7", "#56B4E9", _MIXED),
+    "dil_conv_3x3": _Style("dil 3x3", "dilated convolution 3x3", "#009E73", _DASHED),
+    "dil_conv_5x5": _Style("dil 5x5", "dilated convolution 5x5", "#E69F00", _DASHED),
+    "conv_7x1_1x7": _Style("1x7 7x1", "convolutions 1x7, 7x1", "#F0E442", _MIXED),
+    "max_pool_3x3": _Style("max pool", "maximum pooling 3x3", "#CC79A7", _DOTTED),
+    "avg_pool_3x3": _Style("avg pool", "average pooling 3x3", "#F0E442", _DOTTED),
+    "noise": _Style("noise", "Gaussian noise", "#000000", _MIXED),
+    "none": _Style("none", "zero", "#999999", _DOTTED),
+}
+_INK, _FAINT, _PANEL, _END_FILL = "#222222", "#767676", "#F4F5F7", "#DFE2E7"
+_PALE = 0.75  # luminance above which a line on white needs an outline
+
+_NODE, _END = (0.46, 0.36), (0.64, 0.36)  # width, height of a node, of an input or the output
+_FIRST_LANE, _LANE = 0.56, 0.32
+_FIRST_GAP, _GAP, _WEIGHT_GAP = 1.80, 1.45, 0.40  # from an input; between nodes; more with weights
+_FAN, _MARGIN, _OUTPUT = 0.42, 0.48, 0.86  # an input's edges spread; panel border; panel to output
+_CORNER, _SLOT, _ARROW = 0.24, 0.15, 0.11
+_LABEL_HEIGHT, _LABEL_PAD, _CLEAR, _FONT = 0.21, 0.06, 0.12, 10.0
+_TITLE = 0.34
+
+
+@dataclass(frozen=True)
+class _Box:
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class _Route:
+    """An edge's course: cubic pieces, and the level part that carries the label."""
+
+    pieces: tuple[tuple[Point, Point, Point, Point], ...]
+    level: tuple[float, float]  # from x, to x
+    y: float
+
+    def points(self) -> np.ndarray:
+        """The course as points [N, 2]."""
+        t = np.linspace(0, 1, 25)[:, None]
+        basis = np.hstack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t**3])
+        return np.concatenate([basis @ np.array(piece) for piece in self.pieces])
+
+
+@dataclass(frozen=True)
+class _Layout:
+    inputs: list[_Box]
+    nodes: list[_Box]
+    output: _Box
+    panel: _Box
+    routes: list[_Route]
+    labels: list[_Box]
+
+    @property
+    def limits(self) -> tuple[float, float, float, float]:
+        """Left, right, bottom and top of the picture."""
+        margin = 0.04
+        left = self.inputs[0].x - _END[0] / 2 - margin
+        right = self.output.x + _END[0] / 2 + margin
+        half = self.panel.height / 2
+        return left, right, self.panel.y - half - margin, self.panel.y + half + _TITLE
+
+
+def draw_cell(
+    ax: Axes,
+    edges: Sequence[Edge],
+    nodes: int,
+    title: str,
+    inputs: Sequence[str] = ("c_{k-2}", "c_{k-1}"),
+) -> None:
+    """Draw one cell on `ax`, which loses its frame; `save_cells` makes axes of the right size.
+
+    edges: (from, to, operation, weight or None); states 0 .. len(inputs)-1 are the inputs, the
+    intermediate nodes follow. inputs: one or two names, as math text. Raises ValueError at an edge
+    that does not lead from an earlier state to an intermediate node.
+    """
+    styles = _styles(edge[2] for edge in edges)
+    _draw(ax, edges, _lay_out(edges, nodes, len(inputs), styles), title, inputs, styles)
+
+
+def save_cells(
+    path: Path,
+    cells: Mapping[str, Sequence[Edge]],
+    nodes: int,
+    title: str = "",
+    inputs: Sequence[str] = ("c_{k-2}", "c_{k-1}"),
+) -> None:
+    """Write a picture of a genotype, one panel a cell type, as .svg or .png.
+
+    cells: cell type -> edges as in `draw_cell`. Raises UserError at another suffix, or where the
+    file cannot be written.
+    """
+    _check_suffix(path)
+    styles = _styles(edge[2] for edges in cells.values() for edge in edges)
+    layouts = [_lay_out(edges, nodes, len(inputs), styles) for edges in cells.values()]
+    sizes = [(box[1] - box[0], box[3] - box[2]) for box in (layout.limits for layout in layouts)]
+    figure, axes = _panels(sizes, title, styles)
+    for ax, kind, edges, layout in zip(axes, cells, cells.values(), layouts, strict=True):
+        name = f"{'reduction' if kind == 'reduce' else kind} cell"
+        _draw(ax, edges, layout, name, inputs, styles)
+    _save(figure, path)
+
+
+def save_curves(
+    path: Path,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+) -> None:
+    """Write curves as .svg or .png. series: name -> (x, y); what is not finite leaves a gap.
+
+    Raises ValueError where x and y differ in length, UserError as `save_cells` does.
+    """
+    from matplotlib.figure import Figure
+
+    _check_suffix(path)
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained", facecolor="white")
+    ax = figure.add_subplot()
+    looks = itertools.cycle(itertools.product(("-", "--", ":", "-."), _PALETTE[:-1]))
+    for (name, (x, y)), (line, color) in zip(series.items(), looks, strict=False):
+        if len(x) != len(y):
+            raise ValueError(f"series {name!r}: {len(x)} x values and {len(y)} y values")
+        marker = "o" if len(x) < 25 else ""
+        ax.plot(x, y, line, color=color, marker=marker, markersize=3.5, label=str(len(ax.lines)))
+    for text, put in ((xlabel, ax.set_xlabel), (ylabel, ax.set_ylabel), (title, ax.set_title)):
+        put(text, parse_math=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="#E3E5E8", linewidth=0.8)
+    ax.set_axisbelow(True)
+    if len(series) > 1:  # named afterwards: a legend leaves out names like "_x" and typesets "$x$"
+        for entry, name in zip(ax.legend(frameon=False).get_texts(), series, strict=True):
+            entry.set(text=name, parse_math=False)
+    _save(figure, path)
+
+
+# Layout
+
+
+def _lay_out(
+    edges: Sequence[Edge], nodes: int, inputs: int, styles: Mapping[str, _Style]
+) -> _Layout:
+    _check_edges(edges, nodes, inputs)
+    columns = [0] * inputs + list(range(1, nodes + 1))  # of each state
+    spans = [(columns[source], columns[target]) for source, target, _, _ in edges]
+    lanes = _assign_lanes(edges, spans, inputs)
+    extra = _WEIGHT_GAP if any(edge[3] is not None for edge in edges) else 0.0
+    xs = [_FIRST_GAP + extra + i * (_GAP + extra) for i in range(nodes)]
+    boxes = [_Box(0.0, _input_height(edges, lanes, i, inputs), *_END) for i in range(inputs)]
+    boxes += [_Box(x, 0.0, *_NODE) for x in xs]
+    slots = _assign_slots(edges, lanes, inputs)
+    widths = [_text_width(_label(edge, styles)) + 2 * _LABEL_PAD for edge in edges]
+    routes = [
+        _route(boxes[edge[0]], boxes[edge[1]], lane, *slot, fan=inputs == 2 and edge[0] < inputs)
+        for edge, lane, slot in zip(edges, lanes, slots, strict=True)
+    ]
+    left, right = _END[0] / 2 + 0.75 * _FAN, xs[-1] + _MARGIN
+    top, bottom = (_lane_y(max([1, *(side * lane for lane in lanes)])) + 0.27 for side in (1, -1))
+    return _Layout(
+        inputs=boxes[:inputs],
+        nodes=boxes[inputs:],
+        output=_Box(right + _OUTPUT, 0.0, *_END),
+        panel=_Box((left + right) / 2, (top - bottom) / 2, right - left, top + bottom),
+        routes=routes,
+        labels=_place_labels(routes, widths),
+    )
+
+
+def _check_edges(edges: Sequence[Edge], nodes: int, inputs: int) -> None:
+    if inputs not in (1, 2) or nodes < 1 or not edges:
+        counts = f"{inputs} inputs, {nodes} nodes, {len(edges)} edges"
+        raise ValueError(f"expected one or two inputs, a node and an edge, got {counts}")
+    for edge in edges:
+        if not (0 <= edge[0] < edge[1] and inputs <= edge[1] < inputs + nodes):
+            last = inputs + nodes - 1
+            raise ValueError(f"edge {edge}: expected 0 <= from < to and to in {inputs}..{last}")
+
+
+def _lane_y(lane: int) -> float:
+    if lane == 0:
+        return 0.0
+    return math.copysign(_FIRST_LANE + _LANE * (abs(lane) - 1), lane)
+
+
+def _assign_lanes(
+    edges: Sequence[Edge], spans: Sequence[tuple[int, int]], inputs: int
+) -> list[int]:
+    """Give each edge its lane: 1, 2, ... upwards, -1, -2, ... downwards, 0 straight.
+
+    Edges between nodes that are not neighbours take the sides with the fewest crossings.
+    """
+    sides, free = [0] * len(edges), []
+    for i, (source, _, _, _) in enumerate(edges):
+        if inputs == 2 and source < inputs:
+            sides[i] = 1 if source == 0 else -1
+        elif spans[i][1] - spans[i][0] > 1 or spans[i] in spans[:i]:
+            free.append(i)
+    stacks = []
+    for choice in itertools.product((1, -1), repeat=min(len(free), 8)):
+        for i, side in zip(free, itertools.chain(choice, itertools.cycle((1, -1))), strict=False):
+            sides[i] = side
+        stacks.append(_stack(sides, spans))
+    return min(stacks, key=lambda stack: (stack[1], max(stack[0]) - min(stack[0])))[0]
+
+
+def _stack(sides: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
+    """Return the lanes for given sides, shorter edges inside, and how often edges cross."""
+    lanes, crossings = [0] * len(sides), 0
+    placed: list[int] = []
+    for i in sorted(range(len(sides)), key=lambda i: (spans[i][1] - spans[i][0], i)):
+        start, end = spans[i]
+        beside = [
+            j for j in placed if sides[j] == sides[i] and spans[j][0] < end and start < spans[j][1]
+        ]
+        lanes[i] = sides[i] * (1 + max((abs(lanes[j]) for j in beside), default=0))
+        crossings += sum((start - spans[j][0]) * (end - spans[j][1]) > 0 for j in beside)
+        placed.append(i)
+    return lanes, crossings
+
+
+def _input_height(edges: Sequence[Edge], lanes: Sequence[int], state: int, inputs: int) -> float:
+    if inputs == 1:
+        return 0.0
+    ys = [_lane_y(lane) for edge, lane in zip(edges, lanes, strict=True) if edge[0] == state]
+    return float(np.mean(ys or [_lane_y(1 - 2 * state)]))
+
+
+def _assign_slots(
+    edges: Sequence[Edge], lanes: Sequence[int], inputs: int
+) -> list[tuple[float, float]]:
+    """Where each edge leaves its source's side and meets its target's, off the middle.
+
+    Left to right on a node: arrivals, inner lanes first, then departures, outer lanes first; then
+    edges at one node do not cross.
+    """
+    slots = [[0.0, 0.0] for _ in edges]
+    for state, side in itertools.product({state for edge in edges for state in edge[:2]}, (1, -1)):
+        ends = []
+        for i, (source, target, _, _) in enumerate(edges):
+            if lanes[i] * side > 0 and target == state:
+                ends.append((0, abs(lanes[i]), i, 1))
+            if lanes[i] * side > 0 and source == state:
+                upwards = inputs == 2 and state < inputs
+                ends.append((1, lanes[i] if upwards else -abs(lanes[i]), i, 0))
+        ends.sort()
+        step = min(_SLOT, 0.32 / max(1, len(ends) - 1))
+        for place, (_, _, i, end) in enumerate(ends):
+            slots[i][end] = step * (place - (len(ends) - 1) / 2)
+    return [(leave, meet) for leave, meet in slots]
+
+
+def _route(source: _Box, target: _Box, lane: int, leave: float, meet: float, fan: bool) -> _Route:
+    if lane == 0:
+        start, end = source.x + source.width / 2, target.x - target.width / 2 - _ARROW
+        return _Route((_line((start, 0.0), (end, 0.0)),), (start, end), 0.0)
+    side, y = (1 if lane > 0 else -1), _lane_y(lane)
+    edge_y = side * target.height / 2
+    corner = min(_CORNER, 0.9 * (abs(y) - abs(edge_y) - _ARROW))
+    pieces = []
+    if fan:
+        begin = (source.x + source.width / 2, source.y + leave)
+        start, middle = begin[0] + _FAN, begin[0] + _FAN / 2
+        pieces.append((begin, (middle, begin[1]), (middle, y), (start, y)))
+    else:
+        x, start = source.x + leave, source.x + leave + corner
+        pieces.append(_line((x, side * source.height / 2), (x, y - side * corner)))
+        pieces.append(_turn((x, y - side * corner), (x, y), (start, y)))
+    x, end = target.x + meet, target.x + meet - corner
+    pieces.append(_line((start, y), (end, y)))
+    pieces.append(_turn((end, y), (x, y), (x, y - side * corner)))
+    pieces.append(_line((x, y - side * corner), (x, edge_y + side * _ARROW)))
+    return _Route(tuple(pieces), (start, end), y)
+
+
+def _line(a: Point, b: Point) -> tuple[Point, Point, Point, Point]:
+    return a, _between(a, b, 1 / 3), _between(a, b, 2 / 3), b
+
+
+def _turn(a: Point, corner: Point, b: Point) -> tuple[Point, Point, Point, Point]:
+    return a, _between(a, corner, 0.5523), _between(b, corner, 0.5523), b  # a quarter circle
+
+
+def _between(a: Point, b: Point, part: float) -> Point:
+    return a[0] + part * (b[0] - a[0]), a[1] + part * (b[1] - a[1])
+
+
+def _place_labels(routes: Sequence[_Route], widths: Sequence[float]) -> list[_Box]:
+    """Put each label on its edge's level part, clear of the other edges, else near the middle."""
+    points = [route.points() for route in routes]
+    labels = []
+    for i, (route, width) in enumerate(zip(routes, widths, strict=True)):
+        others = np.concatenate([np.empty((0, 2)), *points[:i], *points[i + 1 :]])
+        middle = sum(route.level) / 2
+        room = max(0.0, route.level[1] - route.level[0] - width) / 2
+        xs = np.linspace(middle - room, middle + room, 41)
+        aside = np.abs(others[:, 0] - xs[:, None]) - width / 2  # [41, points]
+        above = np.abs(others[:, 1] - route.y) - _LABEL_HEIGHT / 2
+        clearance = np.maximum(aside, above).min(axis=1, initial=_CLEAR)
+        best = np.argmax(clearance - 0.02 * np.abs(xs - middle))
+        labels.append(_Box(float(xs[best]), route.y, width, _LABEL_HEIGHT))
+    return labels
+
+
+def _label(edge: Edge, styles: Mapping[str, _Style]) -> str:
+    short = styles[edge[2]].short
+    return short if edge[3] is None else f"{short}  {edge[3]:.2f}"
+
+
+def _text_width(text: str, size: float = _FONT, weight: str = "normal") -> float:
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=size, weight=weight)
+    width, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
+    return float(width) / 72
+
+
+def _styles(operations: Iterable[str]) -> dict[str, _Style]:
+    """The style of each operation, in the table's order; unknown ones get the colours left over."""
+    present = set(operations)
+    styles = {name: style for name, style in _STYLES.items() if name in present}
+    taken = {style.color for style in styles.values()}
+    left = [color for color in _PALETTE if color not in taken] or _PALETTE
+    looks = itertools.cycle(itertools.product((_SOLID, _DASHED, _DOTTED, _MIXED), left))
+    for name, (dashes, color) in zip(sorted(present - set(styles)), looks, strict=False):
+        styles[name] = _Style(name.replace("_", " "), name, color, dashes)
+    return styles
+
+
+# Drawing
+
+
+def _draw(
+    ax: Axes,
+    edges: Sequence[Edge],
+    layout: _Layout,
+    title: str,
+    inputs: Sequence[str],
+    styles: Mapping[str, _Style],
+) -> None:
+    _draw_box(ax, layout.panel, _PANEL, _PANEL, 0)
+    for i, (edge, route) in enumerate(zip(edges, layout.routes, strict=True)):
+        _draw_route(ax, route, styles[edge[2]], 1 + 0.01 * i)
+    for edge, place in zip(edges, layout.labels, strict=True):
+        color = styles[edge[2]].color
+        _draw_box(ax, place, color, _PANEL, 5)
+        ink = _INK if _luminance(color) > 0.55 else "white"
+        _write(ax, place, _label(edge, styles), color=ink, parse_math=False)
+    for place, name in zip(layout.inputs, inputs, strict=True):
+        _draw_box(ax, place, _END_FILL, _INK, 4)
+        _write(ax, place, f"${name}$", fontsize=_FONT + 2)
+    for i, place in enumerate(layout.nodes):
+        _draw_box(ax, place, "white", _INK, 4)
+        _write(ax, place, str(i))
+    _draw_output(ax, layout, "$c_{k}$" if inputs[-1] == "c_{k-1}" else "output")
+    _draw_title(ax, layout, title, Counter(styles[edge[2]].short for edge in edges))
+    left, right, bottom, top = layout.limits
+    ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
+    ax.axis("off")
+
+
+def _draw_box(ax: Axes, place: _Box, fill: str, line: str, zorder: float) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    corner = place.x - place.width / 2, place.y - place.height / 2
+    radius = min(0.12, 0.22 * place.height)
+    shape = f"round,pad=0,rounding_size={radius}"
+    look: dict[str, Any] = {"fc": fill, "ec": line, "lw": 1.1, "zorder": zorder}
+    ax.add_patch(FancyBboxPatch(corner, place.width, place.height, shape, **look))
+
+
+def _write(ax: Axes, place: _Box, text: str, **look: Any) -> None:
+    usual: dict[str, Any] = {
+        "fontsize": _FONT,
+        "ha": "center",
+        "va": "center_baseline",
+        "color": _INK,
+        "zorder": 6,
+    }
+    ax.text(place.x, place.y, text, **(usual | look))
+
+
+def _draw_route(ax: Axes, route: _Route, style: _Style, zorder: float) -> None:
+    from matplotlib.patches import PathPatch, Polygon
+    from matplotlib.path import Path as Outline
+
+    points = [route.pieces[0][0], *(point for piece in route.pieces for point in piece[1:])]
+    outline = Outline(points, [Outline.MOVETO] + [Outline.CURVE4] * (len(points) - 1))
+    core, look = _line_look(style)
+    # The halo parts the line from those it crosses.
+    ax.add_patch(PathPatch(outline, fc="none", ec=_PANEL, lw=6, capstyle="butt", zorder=zorder))
+    look |= {"fc": "none", "ec": core, "capstyle": "butt", "zorder": zorder + 0.005}
+    ax.add_patch(PathPatch(outline, **look))
+    before, end = np.array(route.pieces[-1][-2:])
+    along = (end - before) / np.hypot(*(end - before))
+    half = 0.55 * _ARROW * np.array([-along[1], along[0]])
+    corners = [end + _ARROW * along, end + half, end - half]
+    edge = _FAINT if _luminance(style.color) > _PALE else style.color
+    ax.add_patch(Polygon(corners, closed=True, fc=style.color, ec=edge, lw=0.6, zorder=3))
+
+
+def _line_look(style: _Style) -> tuple[str, dict[str, Any]]:
+    """Return the colour of a line's core, and the rest of its look."""
+    from matplotlib.patheffects import withStroke
+
+    look: dict[str, Any] = {"lw": 2.2, "ls": (0, style.dashes) if style.dashes else "-"}
+    if style.hollow:
+        return "white", look | {
+            "lw": 1.3,
+            "path_effects": [withStroke(linewidth=3.6, foreground=style.color)],
+        }
+    if _luminance(style.color) > _PALE:
+        look["path_effects"] = [withStroke(linewidth=3.2, foreground=_FAINT)]
+    return style.color, look
+
+
+def _luminance(color: str) -> float:
+    red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return 0.3 * red + 0.59 * green + 0.11 * blue
+
+
+def _draw_output(ax: Axes, layout: _Layout, name: str) -> None:
+    start, end = layout.panel.x + layout.panel.width / 2, layout.output.x - layout.output.width / 2
+    arrow = {"arrowstyle": "-|>,head_width=0.28,head_length=0.55", "color": _INK, "lw": 2.2}
+    arrow |= {"shrinkA": 0, "shrinkB": 0}
+    ax.annotate("", (end, 0.0), (start, 0.0), arrowprops=arrow, zorder=3)
+    if len(layout.nodes) > 1:
+        ax.text((start + end) / 2, 0.12, "concat", fontsize=8, color=_FAINT, ha="center")
+    _draw_box(ax, layout.output, _END_FILL, _INK, 4)
+    _write(ax, layout.output, name, fontsize=_FONT + (2 if name.startswith("$") else 0))
+
+
+def _draw_title(ax: Axes, layout: _Layout, title: str, counts: Counter[str]) -> None:
+    panel = layout.panel
+    y = panel.y + panel.height / 2 + 0.1
+    left, right = panel.x - panel.width / 2, panel.x + panel.width / 2
+    ax.text(left, y, title, fontsize=12, weight="bold", color=_INK, parse_math=False)
+    text = ", ".join(f"{count} {short}" for short, count in counts.most_common())
+    if _text_width(title, 12, "bold") + _text_width(text, 9) + 0.2 < right - left:
+        ax.text(right, y, text, fontsize=9, color=_FAINT, ha="right", parse_math=False)
+
+
+def _panels(
+    sizes: Sequence[Point], title: str, styles: Mapping[str, _Style]
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with axes of these sizes, beside each other where they fit, and a legend."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    edge, gap, widest = 0.12, 0.3, 9.0
+    widths, heights = [size[0] for size in sizes], [size[1] for size in sizes]
+    abreast = sum(widths) + gap * (len(sizes) - 1) <= widest
+    width = (sum(widths) + gap * (len(sizes) - 1) if abreast else max(widths)) + 2 * edge
+    columns = min(len(styles), max(1, int(width / 2.5)))
+    legend = 0.25 + 0.22 * -(-len(styles) // columns)
+    head = 0.45 if title else 0.1
+    body = max(heights) if abreast else sum(heights) + gap * (len(sizes) - 1)
+    height = legend + body + head
+    figure = Figure(figsize=(width, height), facecolor="white")
+    axes, x, top = [], edge, legend + body
+    for wide, high in sizes:
+        place = (x / width, (top - high) / height, wide / width, high / height)
+        axes.append(figure.add_axes(place))
+        x, top = (x + wide + gap, top) if abreast else (x, top - high - gap)
+    if title:
+        look: dict[str, Any] = {"fontsize": 13, "ha": "center", "va": "top", "color": _INK}
+        figure.text(0.5, 1 - 0.12 / height, title, parse_math=False, **look)
+    looks = [_line_look(style) for style in styles.values()]
+    lines = [Line2D([], [], color=core, **look) for core, look in looks]
+    names = [style.name for style in styles.values()]
+    place_legend: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.0)}
+    figure.legend(
+        lines, names, ncols=columns, fontsize=9, frameon=False, handlelength=3, **place_legend
+    )
+    return figure, axes
+
+
+# Files
+
+
+def _check_suffix(path: Path) -> None:
+    if Path(path).suffix not in (".svg", ".png"):
+        raise UserError(f"cannot draw {path}: a picture's name ends with .svg or .png")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    kind = Path(path).suffix[1:]
+    # Text stays text, and the same picture gives the same bytes.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rdarts_fast"}):
+        metadata = {"Date": None} if kind == "svg" else {}
+        figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
+    try:
+        Path(path).write_bytes(buffer.getvalue())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
