@@ -1,0 +1,326 @@
+"""Train the network of a found genotype from scratch and report its test error (paper, appendix
+B.1).
+
+python -m rdarts_fast.retrain runs/s4-digits-seed0 --preset 20x16
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdarts_fast import config, training
+from rdarts_fast.config import RetrainConfig
+from rdarts_fast.draws import Draws
+from rdarts_fast.errors import UserError, exit_on_user_error
+from rdarts_fast.events import Events
+from rdarts_fast.genotype import Genotype, read_genotype
+from rdarts_fast.networks import Network
+from rdarts_fast.run_dir import RESULT, Run, RunDir
+from rdarts_fast.tasks.classification import Classification
+
+
+def run_retraining(**settings: Any) -> list[Run]:
+    """Train genotypes from scratch and return the finished runs, one unless genotypes_at names
+    several epochs.
+
+    settings: the fields of config.RetrainConfig, such as source="runs/first", preset="20x16". A
+    run's result.json has `test_error`, the share of wrong answers on the test images after the last
+    epoch, in [0, 1], as published (the best epoch's beside it). Raises UserError and Interrupted as
+    run_search does.
+    """
+    return retrain_all(config.from_settings(RetrainConfig, settings))
+
+
+def retrain_all(settings: RetrainConfig) -> list[Run]:
+    """Retrain what `settings` name; see run_retraining."""
+    if not settings.source:
+        raise UserError("nothing to retrain: give a run's folder or a genotype file")
+    epochs = _epochs_of(settings.genotypes_at)
+    if len(epochs) < 2:
+        return [retrain(settings)]
+    source = Path(settings.source)
+    folder = settings.out or source.with_name(source.name + "-genotypes")
+    runs = []
+    for epoch in epochs:
+        out = folder / f"epoch-{epoch:03d}"
+        one = replace(settings, genotypes_at=str(epoch), out=out)
+        if (out / "config.json").is_file():  # begun by an earlier call
+            config.check_same(config.stored(RetrainConfig, out, "--out"), one)
+            one = replace(one, resume=out)
+        runs.append(retrain(one))
+    print("\nepoch of the search  test error")
+    for epoch, run in zip(epochs, runs, strict=True):
+        print(f"{epoch:>19}  {run.metrics[-1]['test_error']:.2%}")
+    return runs
+
+
+def _epochs_of(text: str) -> list[int]:
+    try:
+        epochs = [int(word) for word in text.split(",")] if text else []
+    except ValueError as error:
+        raise UserError(f"--genotypes-at: expected epochs such as 0,5,10, got {text}") from error
+    if any(epoch < 0 for epoch in epochs) or len(set(epochs)) != len(epochs):
+        raise UserError(f"--genotypes-at: expected different epochs from 0 on, got {text}")
+    return epochs
+
+
+def find_genotype(settings: RetrainConfig) -> Genotype:
+    """Return the genotype that `settings` name: a run's last or of one epoch, or a file's. Raises
+    UserError.
+    """
+    if settings.resume is not None:
+        return read_genotype(settings.resume / "genotype.json")
+    source = Path(settings.source)
+    if not source.is_dir():
+        if settings.genotypes_at:
+            raise UserError(f"--genotypes-at needs a run's folder, {source} is not one")
+        return read_genotype(source)
+    run = Run.read(source)
+    if settings.genotypes_at:
+        epoch = int(settings.genotypes_at)
+        at = [r for r in run.metrics if r["epoch"] == epoch]
+        if not at:
+            raise UserError(
+                f"--genotypes-at: {source} has epochs 0 to {len(run.metrics) - 1}, not {epoch}"
+            )
+        return Genotype.from_dict(at[-1]["genotype"])
+    if run.genotype is None:
+        raise UserError(f"{source}: no genotype yet: the search has not finished an epoch")
+    return run.genotype
+
+
+def retrain(settings: RetrainConfig) -> Run:
+    """Train one genotype from scratch."""
+    device = training.prepare(settings)
+    genotype = find_genotype(settings)
+    task = Classification.load(settings, device)
+    state = RetrainState.start(settings, task.network(settings, genotype).to(device))
+    where = training.environment(device, settings)
+    name = f"retrain-{Path(settings.source).stem}"
+    files = {"genotype.json": genotype.to_json()}
+    with (
+        training.open_run(settings, where, name, "retraining", state, files) as run,
+        training.Stop().watching() as stop,
+    ):
+        announce(settings, where, task, state, run)
+        with training.event_writer(settings, run, state.epoch) as events:
+            loop(settings, task, state, run, stop, events)
+        return finish(state, run)
+
+
+@dataclass
+class RetrainState:
+    """Everything that changes during a retraining, and that a checkpoint holds."""
+
+    network: Network
+    optimizer: torch.optim.SGD
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    records: int = 0  # lines of metrics.jsonl
+    best_error: float = 1.0
+    sums: training.Sums = field(default_factory=training.Sums)
+    seconds: float = 0.0  # spent in the present epoch
+
+    @classmethod
+    def start(cls, settings: RetrainConfig, network: Network) -> RetrainState:
+        """Return the state before the first step."""
+        return cls(network, training.sgd(network.parameters(), settings))
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Return the state as a checkpoint holds it."""
+        return {
+            "kind": "retraining",
+            "epoch": self.epoch,
+            "step": self.step,
+            "records": self.records,
+            "best_error": self.best_error,
+            "sums": dict(self.sums.values),
+            "seconds": self.seconds,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def from_checkpoint(self, stored: dict[str, Any], run: RunDir) -> None:
+        """Take over a checkpoint. Raises UserError where it does not fit."""
+        training.load_into(self.network, stored["network"], "network", run)
+        training.load_into(self.optimizer, stored["optimizer"], "optimiser", run)
+        self.epoch, self.step, self.records = stored["epoch"], stored["step"], stored["records"]
+        self.best_error, self.seconds = stored["best_error"], stored["seconds"]
+        self.sums = training.Sums(dict(stored["sums"]))
+
+
+def loop(
+    settings: RetrainConfig,
+    task: Classification,
+    state: RetrainState,
+    run: RunDir,
+    stop: training.Stop,
+    events: Events,
+) -> None:
+    """Train from where `state` stands to the last epoch, testing after each."""
+    clock = training.Clock(settings.checkpoint_minutes)
+    draws = Draws(settings.seed)
+    while state.epoch < settings.epochs:
+        epoch = state.epoch
+        started = time.monotonic() - state.seconds
+        rate = training.cosine(
+            epoch, settings.epochs, settings.learning_rate, settings.learning_rate_min
+        )
+        training.set_learning_rate(state.optimizer, rate)
+        state.network.drop_path_prob = training.linear(
+            epoch, settings.epochs, settings.drop_path_prob
+        )
+        batches = task.retrain_epoch(draws.at(step=epoch))
+        state.network.train()
+        for rows in training.progress(batches, state.step, f"epoch {epoch}"):
+            step = draws.at(step=epoch * len(batches) + state.step)
+            images, labels = task.training_batch(rows, step, settings.cutout_prob)
+            train_step(settings, task, state, images, labels, step, run)
+
+            state.step += 1
+            if stop.asked or clock.due():
+                state.seconds = time.monotonic() - started
+                run.save_checkpoint(state.to_checkpoint())
+                clock.reset()
+            if stop.asked:
+                raise training.Interrupted(training.resume_command("retrain", run.folder))
+        end_epoch(settings, task, state, run, events, rate, started)
+        clock.reset()
+
+
+def train_step(
+    settings: RetrainConfig,
+    task: Classification,
+    state: RetrainState,
+    images: Tensor,
+    labels: Tensor,
+    draws: Draws,
+    run: RunDir,
+) -> None:
+    """One step of SGD on the cross-entropy, the auxiliary head's added under its weight."""
+    outputs = state.network(images, draws)
+    logits, auxiliary = outputs if isinstance(outputs, tuple) else (outputs, None)
+    loss = task.loss(logits, labels)
+    state.sums.add(float(loss.detach()), logits, labels)
+    if auxiliary is not None:
+        loss = loss + settings.auxiliary_weight * task.loss(auxiliary, labels)
+    training.check_finite(loss, "training loss", state.epoch, state.step, run)
+    loss.backward()
+    parameters = list(state.network.parameters())
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip, foreach=True)
+    training.check_finite(norm, "norm of the weights' gradient", state.epoch, state.step, run)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+
+
+@torch.no_grad()
+def test(task: Classification, state: RetrainState, draws: Draws) -> training.Sums:
+    """Return loss and accuracy on the test images."""
+    sums = training.Sums()
+    state.network.eval()
+    for b, rows in enumerate(task.test_batches()):
+        images, labels = task.test_batch(rows)
+        logits = state.network(images, draws.at(step=b, pass_index=training.EVALUATION_PASS))
+        sums.add(float(task.loss(logits, labels)), logits, labels)
+    state.network.train()
+    return sums
+
+
+def end_epoch(
+    settings: RetrainConfig,
+    task: Classification,
+    state: RetrainState,
+    run: RunDir,
+    events: Events,
+    rate: float,
+    started: float,
+) -> None:
+    """Test, write the epoch's line, then the checkpoints, and print a line."""
+    tested = test(task, state, Draws(settings.seed))
+    error = 1.0 - tested.accuracy
+    record = {
+        "epoch": state.epoch,
+        "learning_rate": rate,
+        "drop_path_prob": state.network.drop_path_prob,
+        "train_loss": state.sums.loss,
+        "train_accuracy": state.sums.accuracy,
+        "test_loss": tested.loss,
+        "test_error": error,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    training.check_finite(torch.tensor(tested.loss), "test loss", state.epoch, state.step, run)
+    run.append_metrics(record)
+    events.write(record)
+    state.epoch, state.step, state.seconds, state.sums = state.epoch + 1, 0, 0.0, training.Sums()
+    state.records += 1
+    best = error < state.best_error or state.records == 1
+    if best:
+        state.best_error = error
+        run.save_checkpoint(state.to_checkpoint(), "best")
+    run.save_checkpoint(state.to_checkpoint())
+    print(
+        f"epoch {record['epoch']:>3}/{settings.epochs - 1}  train loss {record['train_loss']:.3f} "
+        f"accuracy {record['train_accuracy']:.1%}  "
+        f"test error {error:.2%} (best {state.best_error:.2%})  {record['seconds']:.1f} s",
+        flush=True,
+    )
+
+
+def announce(
+    settings: RetrainConfig,
+    where: dict[str, Any],
+    task: Classification,
+    state: RetrainState,
+    run: RunDir,
+) -> None:
+    """Print what runs, once."""
+    images = task.images
+    print(
+        f"retrain {settings.source} on {task.describe()}: {len(images.train_labels)} training and "
+        f"{len(images.test_labels)} test images"
+    )
+    auxiliary = "without" if state.network.auxiliary is None else "with"
+    print(
+        f"network: {settings.layers} cells of {settings.channels} channels, "
+        f"{training.count_parameters(state.network):,} parameters, {auxiliary} auxiliary head; "
+        f"{settings.epochs} epochs of batch {settings.batch_size}, seed {settings.seed}"
+    )
+    if settings.preset == "default" and config.has_own_defaults(RetrainConfig, settings.data):
+        smaller = f"these are the smaller defaults of {images.name}"
+        print(f"{smaller}; --preset paper, 20x16 and 20x36 are the published ones")
+    print(f"device {where['device']}, float32, {where['threads']} threads")
+    print(f"run folder: {run.folder}", flush=True)
+
+
+def finish(state: RetrainState, run: RunDir) -> Run:
+    """Write result.json and print the test error."""
+    metrics = Run.read(run.folder).metrics
+    last = metrics[-1]
+    result = {
+        "test_error": last["test_error"],
+        "best_test_error": state.best_error,
+        "parameters": training.count_parameters(state.network),
+        "seconds": sum(record["seconds"] for record in metrics),
+    }
+    run.write_json(RESULT, result)
+    best = f"(best epoch: {state.best_error:.2%})"
+    print(f"\ntest error after the last epoch: {last['test_error']:.2%} {best}")
+    print(f"run folder: {run.folder}", flush=True)
+    return Run.read(run.folder)
+
+
+@exit_on_user_error
+def main() -> None:
+    """The command line."""
+    description = "Train a found architecture from scratch and report its test error."
+    retrain_all(config.parse(RetrainConfig, description, "python -m rdarts_fast.retrain"))
+
+
+if __name__ == "__main__":
+    main()

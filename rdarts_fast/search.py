@@ -1,0 +1,378 @@
+"""Search for an architecture: DARTS, the loop of the paper (Algorithm 1's search phase), one epoch
+a line.
+
+python -m rdarts_fast.search --space s4
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdarts_fast import bilevel, config, plots, training
+from rdarts_fast.config import SearchConfig
+from rdarts_fast.draws import Draws
+from rdarts_fast.errors import exit_on_user_error
+from rdarts_fast.events import Events
+from rdarts_fast.genotype import discretize, kept_edges
+from rdarts_fast.networks import Supernet, softmax_weights
+from rdarts_fast.run_dir import GENOTYPE, RESULT, Run, RunDir
+from rdarts_fast.spaces import load_space
+from rdarts_fast.tasks.classification import Classification
+
+
+def run_search(**settings: Any) -> Run:
+    """Search for an architecture and return the finished run.
+
+    settings: the fields of config.SearchConfig, such as space="s4", data="digits", epochs=25,
+    seed=1, out="runs/first"; resume="runs/first" goes on with a run. Raises UserError for whatever
+    the caller can mend, Interrupted (a KeyboardInterrupt) after Ctrl-C, with a checkpoint written.
+    """
+    return search(config.from_settings(SearchConfig, settings))
+
+
+def search(settings: SearchConfig) -> Run:
+    """Search as `settings` say; see run_search."""
+    device = training.prepare(settings)
+    space = load_space(settings.space)
+    task = Classification.load(settings, device)
+    state = SearchState.start(settings, task.supernet(settings, space).to(device))
+    where = training.environment(device, settings)
+    name = f"{space.name}-{task.images.name}-seed{settings.seed}"
+    with (
+        training.open_run(settings, where, name, "search", state) as run,
+        training.Stop().watching() as stop,
+    ):
+        announce(settings, where, task, state.supernet, run)
+        with training.event_writer(settings, run, state.epoch) as events:
+            loop(settings, task, state, run, stop, events)
+        return finish(settings, state, run)
+
+
+@dataclass
+class SearchState:
+    """Everything that changes during a search, and that a checkpoint holds."""
+
+    supernet: Supernet
+    alphas: dict[str, Tensor]  # cell type -> [E, O]
+    weight_optimizer: torch.optim.SGD
+    alpha_optimizer: torch.optim.Adam
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    branch: int = 0
+    records: int = 0  # lines of metrics.jsonl
+    sums: training.Sums = field(default_factory=training.Sums)
+    seconds: float = 0.0  # spent in the present epoch
+
+    @classmethod
+    def start(cls, settings: SearchConfig, supernet: Supernet) -> SearchState:
+        """Return the state before the first step."""
+        alphas = supernet.initial_alphas(settings.seed)
+        weight_optimizer = training.sgd(supernet.parameters(), settings)
+        alpha_optimizer = torch.optim.Adam(
+            alphas.values(),
+            lr=settings.alpha_learning_rate,
+            betas=(settings.alpha_beta1, settings.alpha_beta2),
+            weight_decay=settings.alpha_weight_decay,
+            foreach=True,
+        )
+        return cls(supernet, alphas, weight_optimizer, alpha_optimizer)
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Return the state as a checkpoint holds it."""
+        return {
+            "kind": "search",
+            "epoch": self.epoch,
+            "step": self.step,
+            "branch": self.branch,
+            "records": self.records,
+            "sums": dict(self.sums.values),
+            "seconds": self.seconds,
+            "supernet": self.supernet.state_dict(),
+            "alphas": {kind: alpha.detach() for kind, alpha in self.alphas.items()},
+            "weight_optimizer": self.weight_optimizer.state_dict(),
+            "alpha_optimizer": self.alpha_optimizer.state_dict(),
+        }
+
+    def from_checkpoint(self, stored: dict[str, Any], run: RunDir) -> None:
+        """Take over a checkpoint. Raises UserError where it does not fit."""
+        training.load_into(self.supernet, stored["supernet"], "supernet", run)
+        with torch.no_grad():
+            for kind, alpha in self.alphas.items():
+                alpha.copy_(stored["alphas"][kind])
+        training.load_into(
+            self.weight_optimizer, stored["weight_optimizer"], "weight optimiser", run
+        )
+        training.load_into(self.alpha_optimizer, stored["alpha_optimizer"], "alpha optimiser", run)
+        self.epoch, self.step, self.branch = stored["epoch"], stored["step"], stored["branch"]
+        self.records, self.seconds = stored["records"], stored["seconds"]
+        self.sums = training.Sums(dict(stored["sums"]))
+
+
+def loop(
+    settings: SearchConfig,
+    task: Classification,
+    state: SearchState,
+    run: RunDir,
+    stop: training.Stop,
+    events: Events,
+) -> None:
+    """Search from where `state` stands to the last epoch: each step an alpha step, then a weight
+    step (Algorithm 1).
+    """
+    clock = training.Clock(settings.checkpoint_minutes)
+    while state.epoch < settings.epochs:
+        epoch = state.epoch
+        started = time.monotonic() - state.seconds
+        rate = training.cosine(
+            epoch, settings.epochs, settings.learning_rate, settings.learning_rate_min
+        )
+        training.set_learning_rate(state.weight_optimizer, rate)
+        state.supernet.drop_path_prob = training.linear(
+            epoch, settings.epochs - 1, settings.drop_path_prob
+        )
+        cutout = cutout_probability(settings, epoch)
+        draws = Draws(settings.seed, state.branch)
+        batches = task.search_epoch(draws.at(step=epoch))
+        state.supernet.train()
+        for rows in training.progress(batches, state.step, f"epoch {epoch}"):
+            step = draws.at(step=epoch * len(batches) + state.step)
+            training_batch = task.training_batch(rows, step, cutout)
+            validation_rows = task.validation_rows(step)
+            validation_batch = task.training_batch(validation_rows, step, cutout, validation=True)
+            losses = Losses(settings, task, state, step)
+
+            alpha_step(
+                settings, state, losses.of(training_batch), losses.of(validation_batch), rate, run
+            )
+            weight_step(settings, state, losses.of(training_batch, keep=True), run)
+
+            state.step += 1
+            if stop.asked or clock.due():
+                state.seconds = time.monotonic() - started
+                run.save_checkpoint(state.to_checkpoint())
+                clock.reset()
+            if stop.asked:
+                raise training.Interrupted(training.resume_command("search", run.folder))
+        end_epoch(settings, task, state, run, events, rate, cutout, started)
+        clock.reset()
+
+
+@dataclass
+class Losses:
+    """The losses of one step as closures, each forward pass with draws of its own (or shared, as
+    the settings say).
+    """
+
+    settings: SearchConfig
+    task: Classification
+    state: SearchState
+    draws: Draws
+
+    def __post_init__(self) -> None:
+        shared = self.settings.noise_per_pass == "shared"
+        self._passes: Iterator[int] = itertools.repeat(0) if shared else itertools.count()
+
+    def of(self, batch: tuple[Tensor, Tensor], *, keep: bool = False) -> Callable[[], Tensor]:
+        """Return the closure of the supernet's loss on `batch`; `keep` adds what it computes to the
+        epoch's sums.
+        """
+        images, labels = batch
+
+        def loss() -> Tensor:
+            draws = self.draws.at(pass_index=next(self._passes))
+            logits = self.state.supernet(images, softmax_weights(self.state.alphas), draws)
+            value = self.task.loss(logits, labels)
+            if keep:
+                self.state.sums.add(float(value.detach()), logits, labels)
+            return value
+
+        return loss
+
+
+def alpha_step(
+    settings: SearchConfig,
+    state: SearchState,
+    training_loss: bilevel.Loss,
+    validation_loss: bilevel.Loss,
+    rate: float,
+    run: RunDir,
+) -> None:
+    """One step of Adam on the alphas, against the validation loss (DARTS, section 2.3)."""
+    alphas = list(state.alphas.values())
+    parameters, buffers = list(state.supernet.parameters()), list(state.supernet.buffers())
+    if settings.order == "first":
+        result = bilevel.first_order(validation_loss, alphas, buffers)
+    else:
+        momenta = [state.weight_optimizer.state[p].get("momentum_buffer") for p in parameters]
+        virtual = bilevel.VirtualStep(rate, settings.momentum, settings.weight_decay, momenta)
+        result = bilevel.second_order(
+            training_loss,
+            validation_loss,
+            parameters,
+            alphas,
+            virtual,
+            epsilon_scale=settings.epsilon_scale,
+            buffers=buffers,
+        )
+    training.check_finite(result.validation_loss, "validation loss", state.epoch, state.step, run)
+    norm = torch.nn.utils.get_total_norm(result.gradient)
+    training.check_finite(norm, "norm of the alphas' gradient", state.epoch, state.step, run)
+    for alpha, gradient in zip(alphas, result.gradient, strict=True):
+        alpha.grad = gradient
+    state.alpha_optimizer.step()
+    state.alpha_optimizer.zero_grad()
+
+
+def weight_step(
+    settings: SearchConfig, state: SearchState, training_loss: bilevel.Loss, run: RunDir
+) -> None:
+    """One step of SGD on the weights, against the training loss."""
+    parameters = list(state.supernet.parameters())
+    loss = training_loss()
+    training.check_finite(loss, "training loss", state.epoch, state.step, run)
+    loss.backward(inputs=parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip, foreach=True)
+    training.check_finite(norm, "norm of the weights' gradient", state.epoch, state.step, run)
+    state.weight_optimizer.step()
+    state.weight_optimizer.zero_grad()
+
+
+def cutout_probability(settings: SearchConfig, epoch: int) -> float:
+    """Return the probability of cutout in `epoch`: only beside drop path; constant as the code ran,
+    or linear.
+    """
+    if settings.drop_path_prob == 0.0:
+        return 0.0
+    if settings.cutout_schedule == "constant":
+        return settings.cutout_prob
+    return training.linear(epoch, settings.epochs - 1, settings.cutout_prob)
+
+
+@torch.no_grad()
+def validate(
+    task: Classification, state: SearchState, draws: Draws, cutout: float
+) -> training.Sums:
+    """Return the loss and accuracy of the supernet on the alphas' half, in eval mode, augmented as
+    published.
+    """
+    sums = training.Sums()
+    weights = softmax_weights(state.alphas)
+    state.supernet.eval()
+    for b, rows in enumerate(task.validation_batches()):
+        key = draws.at(step=(state.epoch << 16) | b, pass_index=training.EVALUATION_PASS)
+        images, labels = task.training_batch(rows, key, cutout, validation=True)
+        logits = state.supernet(images, weights, key)
+        sums.add(float(task.loss(logits, labels)), logits, labels)
+    state.supernet.train()
+    return sums
+
+
+def end_epoch(
+    settings: SearchConfig,
+    task: Classification,
+    state: SearchState,
+    run: RunDir,
+    events: Events,
+    rate: float,
+    cutout: float,
+    started: float,
+) -> None:
+    """Validate, write the epoch's line and genotype, then the checkpoint, and print a line."""
+    valid = validate(task, state, Draws(settings.seed, state.branch), cutout)
+    genotype = discretize(state.supernet.space, state.alphas)
+    record = {
+        "epoch": state.epoch,
+        "branch": state.branch,
+        "learning_rate": rate,
+        "drop_path_prob": state.supernet.drop_path_prob,
+        "train_loss": state.sums.loss,
+        "train_accuracy": state.sums.accuracy,
+        "valid_loss": valid.loss,
+        "valid_accuracy": valid.accuracy,
+        "alphas": {kind: alpha.tolist() for kind, alpha in state.alphas.items()},
+        "genotype": genotype.to_dict(),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    training.check_finite(torch.tensor(valid.loss), "validation loss", state.epoch, state.step, run)
+    run.append_metrics(record)
+    run.write_text(GENOTYPE, genotype.to_json())
+    events.write(record)
+    state.epoch, state.step, state.seconds, state.sums = state.epoch + 1, 0, 0.0, training.Sums()
+    state.records += 1
+    run.save_checkpoint(state.to_checkpoint())
+    print(
+        f"epoch {record['epoch']:>3}/{settings.epochs - 1}  "
+        f"train loss {record['train_loss']:.3f} accuracy {record['train_accuracy']:.1%}  "
+        f"validation loss {valid.loss:.3f} accuracy {valid.accuracy:.1%}  "
+        f"{record['seconds']:.1f} s",
+        flush=True,
+    )
+
+
+def announce(
+    settings: SearchConfig,
+    where: dict[str, Any],
+    task: Classification,
+    supernet: Supernet,
+    run: RunDir,
+) -> None:
+    """Print what runs, once."""
+    images = task.images
+    print(
+        f"search {supernet.space.name} on {task.describe()}: "
+        f"{len(images.halves[0])} images for the weights, {len(images.halves[1])} for the alphas"
+    )
+    print(
+        f"supernet: {settings.layers} cells of {settings.channels} channels, "
+        f"{training.count_parameters(supernet):,} parameters; {settings.epochs} epochs of "
+        f"batch {settings.batch_size}, {settings.order} order, seed {settings.seed}"
+    )
+    if settings.preset == "default" and config.has_own_defaults(SearchConfig, settings.data):
+        smaller = f"these are the smaller defaults of {images.name}"
+        print(f"{smaller}; --preset paper has the published ones")
+    print(
+        f"backend {settings.backend}, device {where['device']}, float32, {where['threads']} threads"
+    )
+    print(f"run folder: {run.folder}", flush=True)
+
+
+def finish(settings: SearchConfig, state: SearchState, run: RunDir) -> Run:
+    """Write result.json and the picture of the cells, and print the genotype."""
+    metrics = Run.read(run.folder).metrics
+    last = metrics[-1]
+    genotype = discretize(state.supernet.space, state.alphas)
+    run.write_json(
+        RESULT,
+        {"valid_accuracy": last["valid_accuracy"], "seconds": sum(r["seconds"] for r in metrics)},
+    )
+    space = state.supernet.space
+    edges = kept_edges(space, genotype, state.alphas)
+    plots.save_cells(
+        run.folder / "cells.svg", edges, genotype.nodes, f"{space.name}, {state.epoch} epochs"
+    )
+    print("\ngenotype:")
+    print(genotype.describe())
+    print(f"validation accuracy of the supernet: {last['valid_accuracy']:.2%}")
+    print(f"run folder: {run.folder} (genotype.json, cells.svg, metrics.jsonl)")
+    print(f"train it from scratch: python -m rdarts_fast.retrain {run.folder}", flush=True)
+    return Run.read(run.folder)
+
+
+@exit_on_user_error
+def main() -> None:
+    """The command line."""
+    description = (
+        "Search for an architecture on a search space of the paper (or your own), with DARTS."
+    )
+    search(config.parse(SearchConfig, description, "python -m rdarts_fast.search"))
+
+
+if __name__ == "__main__":
+    main()

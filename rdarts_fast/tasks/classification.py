@@ -1,0 +1,139 @@
+"""Image classification (paper, section 2): batches, augmentation, supernet, network, loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rdarts_fast import data
+from rdarts_fast.config import RetrainConfig, RunConfig, SearchConfig
+from rdarts_fast.draws import SITE_STREAM_VALIDATION, Draws
+from rdarts_fast.errors import UserError
+from rdarts_fast.genotype import Genotype
+from rdarts_fast.networks import Network, Supernet, auxiliary_fits
+from rdarts_fast.spaces import Space
+
+Batch = tuple[Tensor, Tensor]  # images [N, C, H, W], labels [N]
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A data set on a device and how its batches are drawn. All batches are functions of the draws
+    alone.
+    """
+
+    images: data.ImageSet
+    batch_size: int
+    epoch_steps: int | None
+
+    @classmethod
+    def load(cls, config: RunConfig, device: torch.device) -> Classification:
+        """Load the data set that `config` names. Raises UserError (missing, malformed, small)."""
+        images = data.load(
+            config.data, root=config.data_root, seed=config.seed, image_size=config.image_size
+        )
+        if config.cutout_length is not None:
+            augmentation = replace(images.augmentation, cutout_length=config.cutout_length)
+            images = replace(images, augmentation=augmentation)
+        images.augmentation.check_size(*images.size)
+        smallest = min(len(half) for half in images.halves)
+        if smallest < 2:
+            raise UserError(
+                f"data {config.data}: {smallest} images in a half, at least 2 are needed"
+            )
+        return cls(images.to(device), config.batch_size, config.epoch_steps)
+
+    def describe(self) -> str:
+        """Return name, image size and number of classes for a line of output."""
+        height, width = self.images.size
+        size = f"{self.images.channels}x{height}x{width}"
+        return f"{self.images.name} ({size}, {self.images.classes} classes)"
+
+    def supernet(self, config: SearchConfig, space: Space) -> Supernet:
+        """Return the supernet at its start, drawn from the config's seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return Supernet(
+                space,
+                config.channels,
+                config.layers,
+                self.images.classes,
+                config.backend,
+                self.images.channels,
+            )
+
+    def network(self, config: RetrainConfig, genotype: Genotype) -> Network:
+        """Return the genotype's network at its start, drawn from the config's seed.
+
+        The auxiliary head is left away where its feature map would be below 4x4.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return Network(
+                genotype,
+                config.channels,
+                config.layers,
+                self.images.classes,
+                config.auxiliary and auxiliary_fits(self.images.size),
+                self.images.channels,
+            )
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy of a batch."""
+        return F.cross_entropy(logits, labels)
+
+    def search_epoch(self, draws: Draws) -> list[Tensor]:
+        """Return the rows of each weight batch of an epoch (draws.step is the epoch); the last may
+        be smaller.
+        """
+        return self._epoch(self.images.halves[0], draws)
+
+    def retrain_epoch(self, draws: Draws) -> list[Tensor]:
+        """Return the rows of each batch of an epoch over all training images."""
+        return self._epoch(torch.arange(len(self.images.train_labels)), draws)
+
+    def _epoch(self, rows: Tensor, draws: Draws) -> list[Tensor]:
+        batches = data.epoch_batches(rows.cpu(), self.batch_size, draws)
+        return batches[: self.epoch_steps]
+
+    def validation_rows(self, draws: Draws) -> Tensor:
+        """Return a random full batch of the alphas' half, keyed by draws.step."""
+        return data.validation_batch(self.images.halves[1].cpu(), self.batch_size, draws)
+
+    def validation_batches(self) -> list[Tensor]:
+        """Return the alphas' half in order, in batches."""
+        rows = self.images.halves[1].cpu()
+        return list(rows.split(self.batch_size))[: self.epoch_steps]
+
+    def test_batches(self) -> list[Tensor]:
+        """Return the test images' rows in order, in batches."""
+        rows = torch.arange(len(self.images.test_labels))
+        return list(rows.split(self.batch_size))[: self.epoch_steps]
+
+    def training_batch(
+        self, rows: Tensor, draws: Draws, cutout_prob: float, *, validation: bool = False
+    ) -> Batch:
+        """Return augmented images [N, C, H, W] and labels [N] of training rows.
+
+        `validation` draws the augmentation from a stream of its own: the alphas' half is augmented
+        like the weights' half, as published, in a step and in the accuracy at the end of an epoch.
+        """
+        rows = rows.to(self.images.train_labels.device)
+        stream = SITE_STREAM_VALIDATION if validation else 0
+        images = data.augment(
+            self.images.train_images[rows],
+            self.images.augmentation,
+            draws,
+            stream=stream,
+            cutout_probability=cutout_prob,
+        )
+        return images, self.images.train_labels[rows]
+
+    def test_batch(self, rows: Tensor) -> Batch:
+        """Return images and labels of test rows, normalised only."""
+        rows = rows.to(self.images.test_labels.device)
+        images = data.normalize(self.images.test_images[rows], self.images.augmentation)
+        return images, self.images.test_labels[rows]

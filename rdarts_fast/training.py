@@ -1,0 +1,298 @@
+"""What the loops of search, random search and retraining share: device, schedules, sums,
+interruption, progress.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rdarts_fast.config import RunConfig, to_json
+from rdarts_fast.errors import UserError
+from rdarts_fast.events import Events, TensorBoardEvents, check_tensorboard
+from rdarts_fast.native import build_info, cpu_unit
+from rdarts_fast.run_dir import Run, RunDir
+
+EVALUATION_PASS = (
+    64  # the forward passes of a step count up from 0; those of an evaluation are apart
+)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user asked to stop; the run's checkpoint is written."""
+
+
+def prepare(config: RunConfig) -> torch.device:
+    """Set the number of threads and return the device. Raises UserError for what is not here."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.tensorboard:
+        check_tensorboard()
+    return select_device(config.device)
+
+
+def select_device(name: str) -> torch.device:
+    """Return the device that --device names; auto is a GPU where there is one. Raises UserError
+    where it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name}")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = f"{count} here" if count else "torch sees no GPU here; --device cpu runs on the CPU"
+        raise UserError(f"--device {name}: {found}")
+    return device
+
+
+def environment(device: torch.device, config: RunConfig) -> dict[str, Any]:
+    """Return what environment.json holds: everything beside the settings that a run's bits can
+    depend on.
+    """
+    built = build_info()
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "rdarts_fast": built["version"],
+        "csrc_hash": built["csrc_hash"],
+        "cpu_unit": cpu_unit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "numpy": version("numpy"),
+        "platform": platform.platform(),
+        "device": device.type,
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "backend": getattr(config, "backend", "torch"),
+        "seed": config.seed,
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return 'torch 2.9.0 -> 2.14.1' for each entry of the environment that a resumed run finds
+    changed.
+    """
+    return [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+
+
+def cosine(epoch: int, epochs: int, start: float, end: float) -> float:
+    """Return the learning rate of `epoch`: from `start` along a half cosine to `end` at `epochs`
+    (PF: set once an epoch).
+    """
+    return end + (start - end) * (1.0 + math.cos(math.pi * epoch / epochs)) / 2.0
+
+
+def linear(epoch: int, last: int, end: float) -> float:
+    """Return what grows linearly from 0 at epoch 0 to `end` at `last` (ScheduledDropPath; paper,
+    appendix C.1).
+    """
+    return end * epoch / last if last > 0 else 0.0
+
+
+def sgd(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.SGD:
+    """Return the weights' optimiser."""
+    return torch.optim.SGD(
+        parameters,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        foreach=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def check_finite(value: Tensor, name: str, epoch: int, step: int, run: RunDir) -> None:
+    """Raise UserError naming epoch and step where a loss or a gradient's norm is not finite."""
+    number = float(value.detach())
+    if not math.isfinite(number):
+        raise UserError(
+            f"the {name} is {number} at epoch {epoch}, batch {step}: a lower --learning-rate or a "
+            f"look at the images may help; the last good checkpoint is kept in {run.folder}"
+        )
+
+
+@dataclass
+class Sums:
+    """Running sums of one pass over a set: loss, right answers and images."""
+
+    values: dict[str, float] = field(
+        default_factory=lambda: {"loss": 0.0, "right": 0.0, "images": 0.0}
+    )
+
+    def add(self, loss: float, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: its mean loss, logits [N, classes] and labels [N]."""
+        self.values["loss"] += loss * len(labels)
+        self.values["right"] += float((logits.detach().argmax(dim=1) == labels).sum())
+        self.values["images"] += len(labels)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss an image."""
+        return self.values["loss"] / self.values["images"]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, in [0, 1]."""
+        return self.values["right"] / self.values["images"]
+
+
+class Stop:
+    """Whether the user asked to stop: the first Ctrl-C (or SIGTERM) asks, the second interrupts at
+    once.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def watching(self) -> Iterator[Stop]:
+        """Watch the signals inside; threads other than the main one cannot, and watch nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._handle) for number in numbers]
+        try:
+            yield self
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+class Clock:
+    """When the next checkpoint inside an epoch is due."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = 60.0 * minutes
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() - self.last >= self.seconds
+
+    def reset(self) -> None:
+        """A checkpoint was just written."""
+        self.last = time.monotonic()
+
+
+def progress(steps: Sequence[Any], done: int, title: str) -> Iterator[Any]:
+    """Go through steps[done:] with a bar, on a terminal only."""
+    from tqdm import tqdm
+
+    yield from tqdm(
+        steps[done:],
+        total=len(steps),
+        initial=done,
+        desc=title,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Return the number of trainable numbers."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def load_into(target: Any, state: Mapping[str, Any], what: str, run: RunDir) -> None:
+    """Load a state into a module or an optimiser. Raises UserError where it does not fit."""
+    try:
+        target.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{run.folder}: the checkpoint's {what} does not fit this run: {reason}"
+        ) from error
+
+
+class State(Protocol):
+    """What a loop keeps: it goes into a checkpoint and comes back out of one."""
+
+    def to_checkpoint(self) -> dict[str, Any]: ...
+
+    def from_checkpoint(self, stored: dict[str, Any], run: RunDir) -> None: ...
+
+
+@contextmanager
+def open_run(
+    config: RunConfig,
+    environment: dict[str, Any],
+    name: str,
+    kind: str,
+    state: State,
+    files: Mapping[str, str] | None = None,
+) -> Iterator[RunDir]:
+    """Yield the run's folder, locked: a new one with its first checkpoint, or --resume's with
+    `state` taken from it.
+
+    files: more texts that a new folder starts with, by name.
+
+    Raises UserError (folder there already, locked, no room, no or another kind of checkpoint).
+    """
+    if config.resume is None:
+        folder = config.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run = RunDir.create(folder, to_json(config), environment, state.to_checkpoint(), files)
+    else:
+        run = RunDir.open(config.resume)
+    with run:
+        if config.resume is not None:
+            _resume(run, environment, kind, state)
+        yield run
+
+
+def _resume(run: RunDir, environment: dict[str, Any], kind: str, state: State) -> None:
+    stored = run.load_checkpoint()
+    if stored.get("kind") != kind:
+        raise UserError(f"--resume {run.folder}: holds a {stored.get('kind')}, not a {kind}")
+    state.from_checkpoint(stored, run)
+    run.cut_metrics(stored["records"])
+    changed = differences(Run.read(run.folder).environment, environment)
+    if changed:
+        changes = ", ".join(changed)
+        print(f"warning: the result can differ in its last bits: {changes}", file=sys.stderr)
+    print(f"resumed at epoch {stored['epoch']}, batch {stored['step']}")
+
+
+@contextmanager
+def event_writer(config: RunConfig, run: RunDir, first_epoch: int) -> Iterator[Events]:
+    """Yield where the epochs' records go beside metrics.jsonl, from `first_epoch` on."""
+    events = TensorBoardEvents(run.folder, first_epoch) if config.tensorboard else Events()
+    try:
+        yield events
+    finally:
+        events.close()
+
+
+def resume_command(program: str, folder: Path) -> str:
+    """Return what to type to go on."""
+    return f"python -m rdarts_fast.{program} --resume {folder}"
