@@ -5,6 +5,7 @@ python -m bench.kills [COUNT] > bench/results/kills.json
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.test_search import kill
 def main() -> None:
     """Kill, resume, compare (any difference raises), and print a line."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         killed = kill(Path(folder), seed=2, count=count)
     print(line("kills", searches=count, killed=killed, same_bits_as_never_killed=count))
 
