@@ -25,15 +25,11 @@ class RunConfig:
     """What every run has."""
 
     data: str = "digits"
-    """digits, cifar10, cifar100, svhn, fashion_mnist, folder:PATH (train/ and test/ with a folder a
-    class) or npz:FILE.
-    """
+    """digits, cifar10, cifar100, svhn, fashion_mnist, folder:PATH or npz:FILE (see README)."""
     data_root: Path = Path("data")
     """Where downloaded data sets lie."""
     image_size: int | None = None
-    """Resize (shorter side) and centre-crop images to this size; needed where a folder has mixed
-    sizes.
-    """
+    """Resize (shorter side) and centre-crop images to this size; for folders of mixed sizes."""
     preset: str = "default"
     """A named set of defaults; flags given beside it win. default: the data set's own."""
     out: Path | None = None
@@ -61,15 +57,11 @@ class RunConfig:
     grad_clip: float = 5.0
     """Largest norm of the weights' gradient."""
     drop_path_prob: float = 0.0
-    """Probability of dropping an edge at the last epoch, growing linearly from 0 (the paper
-    searches with 0 to 0.6).
-    """
+    """Chance of dropping an edge at the last epoch, linear from 0 (the paper: 0 to 0.6)."""
     cutout_length: int | None = None
     """Side of the cutout square in pixels [the data set's own: 16 at 32x32]."""
     cutout_prob: float = 1.0
-    """Probability of cutout for an image (the search cuts out only where drop_path_prob > 0, as
-    published).
-    """
+    """Chance of cutout for an image; in a search only where drop_path_prob > 0, as published."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
     threads: int | None = None
@@ -85,23 +77,15 @@ class SearchConfig(RunConfig):
     """Settings of a search (paper, section 2.1; the values of DARTS)."""
 
     space: str = "s4"
-    """s1, s2, s3, s4, s5 (the paper's small one), darts (8 operations; s5 in the official code), or
-    a .json file.
-    """
+    """s1 to s4, s5 (the paper's), darts (8 operations; the official code's s5), or a .json file."""
     backend: Literal["reference"] = "reference"
     """reference: one torch module per candidate, as published."""
     order: Literal["first", "second"] = "second"
-    """second: alphas through one virtual step of the weights, as published; first: without, about
-    three times faster.
-    """
+    """second: alphas through a virtual step of the weights, as published; first: 3 times faster."""
     epsilon_scale: float = 0.01
-    """Second order's finite difference: its step is this over the norm of the vector (published
-    0.01, far from exact).
-    """
+    """Second order's difference step times the vector's norm (published 0.01, far from exact)."""
     noise_per_pass: Literal["fresh", "shared"] = "fresh"
-    """fresh: noise and masks drawn anew in each forward pass of a step, as published; shared: once
-    a step.
-    """
+    """fresh: noise and masks anew in each forward pass, as published; shared: once a step."""
     learning_rate_min: float = 0.001
     """SGD's learning rate at the end of the cosine."""
     alpha_learning_rate: float = 3e-4
@@ -113,9 +97,7 @@ class SearchConfig(RunConfig):
     alpha_weight_decay: float = 1e-3
     """Weight decay on the alphas."""
     cutout_schedule: Literal["constant", "linear"] = "constant"
-    """constant: cutout_prob from the start, as the published code ran; linear: growing from 0, as
-    the paper says.
-    """
+    """constant: cutout_prob throughout, as the code ran; linear: from 0, as the paper says."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +107,7 @@ class RetrainConfig(RunConfig):
     source: tyro.conf.Positional[str] = ""
     """A run's folder, or a genotype file (JSON or the official text form)."""
     genotypes_at: str = ""
-    """Retrain the run's genotypes of these epochs, such as 0,5,10, each into its own folder [the
-    last only].
-    """
+    """Retrain the run's genotypes of these epochs, such as 0,5,10, each in its own folder."""
     data: str = ""
     """As in the search [the run's own; digits for a genotype file]."""
     epochs: int = 600
@@ -137,11 +117,9 @@ class RetrainConfig(RunConfig):
     learning_rate_min: float = 0.0
     """SGD's learning rate at the end of the cosine."""
     drop_path_prob: float = 0.2
-    """Probability of dropping an operation (never an identity) at the last epoch, growing linearly
-    from 0.
-    """
+    """Chance of dropping an operation (never an identity) at the last epoch, linear from 0."""
     auxiliary: bool = True
-    """A second classifier after two thirds of the cells; off where its feature map is below 4x4."""
+    """A second classifier after two thirds of the cells; off below a 4x4 feature map."""
     auxiliary_weight: float = 0.4
     """Weight of the auxiliary loss."""
 

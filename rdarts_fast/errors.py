@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -42,5 +43,8 @@ def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
             how = f"; go on with: {interrupt.args[0]}" if interrupt.args else ""
             print(f"interrupted{how}", file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
 
     return command

@@ -202,3 +202,10 @@ def test_a_real_command_line_fails_the_same_way(tmp_path) -> None:
     assert done.stderr.startswith('error: unknown space "s9"')
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_leaves_is_no_traceback(tmp_path) -> None:
+    command = f"{sys.executable} -m rdarts_fast.search --help | head -1"
+    done = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: ")
+    assert done.stderr == ""

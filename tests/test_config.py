@@ -1,5 +1,6 @@
 """Settings: published values, presets, the command line, and what a resumed run may change."""
 
+import ast
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -63,6 +64,20 @@ def test_every_setting_is_a_flag_with_a_help_text(capsys) -> None:
         parse(SearchConfig, "", "program", help_of_paper)
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: 16)" in text  # the channels that the flags beside --help mean
+
+
+def test_every_help_text_is_one_line() -> None:
+    """tyro keeps the line breaks of a text, which would break it in the middle of a sentence."""
+    source = ast.parse(Path(config.__file__).read_text())
+    texts = [
+        node.value.value
+        for owner in ast.walk(source)
+        if isinstance(owner, ast.ClassDef)
+        for node in owner.body[1:]
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    ]
+    assert len(texts) > 30
+    assert [text for text in texts if "\n" in text] == []
 
 
 def test_an_unknown_flag_gets_the_nearest(capsys) -> None:
