@@ -81,7 +81,7 @@ class SearchConfig(RunConfig):
     backend: Literal["reference"] = "reference"
     """reference: one torch module per candidate, as published."""
     order: Literal["first", "second"] = "second"
-    """second: alphas through a virtual step of the weights, as published; first: 3 times faster."""
+    """second: alphas through a virtual step of the weights, as published; first: twice as fast."""
     epsilon_scale: float = 0.01
     """Second order's difference step times the vector's norm (published 0.01, far from exact)."""
     noise_per_pass: Literal["fresh", "shared"] = "fresh"
@@ -278,12 +278,25 @@ def stored(kind: type[Config], folder: Path, what: str) -> Config:
             f"{what} {folder}: not a {name} of this version of rdarts_fast "
             f"(config.json differs in {', '.join(strange[:5])})"
         )
-    return kind(**_with_paths(values))
+    config = kind(**_with_paths(values))
+    try:
+        _check_types(config)
+    except UserError as error:
+        raise UserError(f"{what} {folder}: config.json: {error}") from error
+    return config
 
 
 def _with_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     paths = ("data_root", "out", "resume")
-    return {k: Path(v) if k in paths and v is not None else v for k, v in values.items()}
+    texts = ("space", "data", "source")  # where a Path is as good as its text
+    return {
+        k: Path(v)
+        if k in paths and isinstance(v, str)
+        else str(v)
+        if k in texts and isinstance(v, Path)
+        else v
+        for k, v in values.items()
+    }
 
 
 def check_same(run: Config, given: Config) -> None:

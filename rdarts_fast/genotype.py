@@ -77,7 +77,7 @@ class Genotype:
         """Read `to_json`'s form. Raises UserError naming the entry that is wrong."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"genotype: not JSON: {error}") from error
         return cls.from_dict(data)
 
@@ -108,10 +108,10 @@ class Genotype:
         for kind in CELL_TYPES:
             concat = fields.get(f"{kind}_concat")
             whole = list(range(INPUTS, INPUTS + len(cells[kind])))
-            if concat is not None and list(concat) != whole:
-                raise UserError(
-                    f"genotype text: {kind}_concat: expected {whole}, got {list(concat)}"
-                )
+            if concat is not None and (
+                not isinstance(concat, list | tuple | range) or list(concat) != whole
+            ):
+                raise UserError(f"genotype text: {kind}_concat: expected {whole}, got {concat}")
         return cls(_cells_of(cells))
 
     def to_text(self) -> str:

@@ -44,7 +44,9 @@ def retrain_all(settings: RetrainConfig) -> list[Run]:
     epochs = _epochs_of(settings.genotypes_at)
     if len(epochs) < 2:
         return [retrain(settings)]
-    source = Path(settings.source)
+    for epoch in epochs:  # all there, before the first is trained
+        find_genotype(replace(settings, genotypes_at=str(epoch)))
+    source = Path(settings.source).resolve()
     folder = settings.out or source.with_name(source.name + "-genotypes")
     runs = []
     for epoch in epochs:
@@ -53,7 +55,10 @@ def retrain_all(settings: RetrainConfig) -> list[Run]:
         if (out / "config.json").is_file():  # begun by an earlier call
             config.check_same(config.stored(RetrainConfig, out, "--out"), one)
             one = replace(one, resume=out)
-        runs.append(retrain(one))
+        try:
+            runs.append(retrain(one))
+        except training.Interrupted as interrupt:
+            raise training.Interrupted("the same command") from interrupt
     print("\nepoch of the search  test error")
     for epoch, run in zip(epochs, runs, strict=True):
         print(f"{epoch:>19}  {run.metrics[-1]['test_error']:.2%}")
@@ -97,12 +102,17 @@ def find_genotype(settings: RetrainConfig) -> Genotype:
 
 def retrain(settings: RetrainConfig) -> Run:
     """Train one genotype from scratch."""
-    device = training.prepare(settings)
+    with training.prepared(settings) as device:
+        return _retrain(settings, device)
+
+
+def _retrain(settings: RetrainConfig, device: torch.device) -> Run:
     genotype = find_genotype(settings)
     task = Classification.load(settings, device)
     state = RetrainState.start(settings, task.network(settings, genotype).to(device))
     where = training.environment(device, settings)
-    name = f"retrain-{Path(settings.source).stem}"
+    source = Path(settings.source).resolve()
+    name = f"retrain-{source.name if source.is_dir() else source.stem}"
     files = {"genotype.json": genotype.to_json()}
     with (
         training.open_run(settings, where, name, "retraining", state, files) as run,

@@ -39,12 +39,16 @@ def run_search(**settings: Any) -> Run:
 
 def search(settings: SearchConfig) -> Run:
     """Search as `settings` say; see run_search."""
-    device = training.prepare(settings)
+    with training.prepared(settings) as device:
+        return _search(settings, device)
+
+
+def _search(settings: SearchConfig, device: torch.device) -> Run:
     space = load_space(settings.space)
     task = Classification.load(settings, device)
     state = SearchState.start(settings, task.supernet(settings, space).to(device))
     where = training.environment(device, settings)
-    name = f"{space.name}-{task.images.name}-seed{settings.seed}"
+    name = f"{space.name}-{training.plain(task.images.name)}-seed{settings.seed}"
     with (
         training.open_run(settings, where, name, "search", state) as run,
         training.Stop().watching() as stop,
@@ -105,6 +109,8 @@ class SearchState:
         training.load_into(self.supernet, stored["supernet"], "supernet", run)
         with torch.no_grad():
             for kind, alpha in self.alphas.items():
+                if stored["alphas"][kind].shape != alpha.shape:
+                    raise ValueError(f"alphas {kind}: expected shape {tuple(alpha.shape)}")
                 alpha.copy_(stored["alphas"][kind])
         training.load_into(
             self.weight_optimizer, stored["weight_optimizer"], "weight optimiser", run

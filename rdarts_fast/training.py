@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 import signal
 import sys
 import threading
@@ -36,13 +37,20 @@ class Interrupted(KeyboardInterrupt):
     """The user asked to stop; the run's checkpoint is written."""
 
 
-def prepare(config: RunConfig) -> torch.device:
-    """Set the number of threads and return the device. Raises UserError for what is not here."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+@contextmanager
+def prepared(config: RunConfig) -> Iterator[torch.device]:
+    """Yield the device, with the config's number of threads inside. Raises UserError for what is
+    not here.
+    """
     if config.tensorboard:
         check_tensorboard()
-    return select_device(config.device)
+    device, before = select_device(config.device), torch.get_num_threads()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    try:
+        yield device
+    finally:
+        torch.set_num_threads(before)
 
 
 def select_device(name: str) -> torch.device:
@@ -130,8 +138,8 @@ def check_finite(value: Tensor, name: str, epoch: int, step: int, run: RunDir) -
     number = float(value.detach())
     if not math.isfinite(number):
         raise UserError(
-            f"the {name} is {number} at epoch {epoch}, batch {step}: a lower --learning-rate or a "
-            f"look at the images may help; the last good checkpoint is kept in {run.folder}"
+            f"the {name} is {number} at epoch {epoch}, batch {step}: start anew with a lower "
+            f"--learning-rate, or look at the images; the last checkpoint is kept in {run.folder}"
         )
 
 
@@ -260,7 +268,7 @@ def open_run(
     Raises UserError (folder there already, locked, no room, no or another kind of checkpoint).
     """
     if config.resume is None:
-        folder = config.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = config.out or Path("runs") / f"{plain(name)}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = RunDir.create(folder, to_json(config), environment, state.to_checkpoint(), files)
     else:
         run = RunDir.open(config.resume)
@@ -270,12 +278,23 @@ def open_run(
         yield run
 
 
+def plain(name: str) -> str:
+    """Return `name` as one folder's name: without the places of files, without odd characters."""
+    words = [Path(word).stem if "/" in word or "." in word else word for word in name.split(":")]
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(words)).strip("._-") or "run"
+
+
 def _resume(run: RunDir, environment: dict[str, Any], kind: str, state: State) -> None:
     stored = run.load_checkpoint()
     if stored.get("kind") != kind:
         raise UserError(f"--resume {run.folder}: holds a {stored.get('kind')}, not a {kind}")
-    state.from_checkpoint(stored, run)
-    run.cut_metrics(stored["records"])
+    try:
+        state.from_checkpoint(stored, run)
+        run.cut_metrics(stored["records"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        what = f"{type(error).__name__}: {reason}"
+        raise UserError(f"{run.folder}: the checkpoint does not fit this run: {what}") from error
     changed = differences(Run.read(run.folder).environment, environment)
     if changed:
         changes = ", ".join(changed)

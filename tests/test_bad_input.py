@@ -108,7 +108,10 @@ def test_a_folder_that_holds_a_run(failing, tmp_path) -> None:
     assert f"{tmp_path / 'run'} already holds a run: resume it" in line
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "another kind", "another shape"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", "foreign", "another kind", "another shape", "empty", "no alphas", "few alphas"],
+)
 def test_damaged_checkpoints(damage: str, failing, tmp_path) -> None:
     run = run_search(**settings(tmp_path, epochs=1))
     path = run.folder / "checkpoints" / "last.pt"
@@ -119,6 +122,12 @@ def test_damaged_checkpoints(damage: str, failing, tmp_path) -> None:
         torch.save({"model": torch.zeros(3)}, path)
     elif damage == "another kind":
         torch.save(state | {"kind": "retraining"}, path)
+    elif damage == "empty":
+        torch.save({"format": 1, "kind": "search"}, path)
+    elif damage == "no alphas":
+        torch.save(state | {"alphas": {}}, path)
+    elif damage == "few alphas":
+        torch.save(state | {"alphas": {k: a[:1] for k, a in state["alphas"].items()}}, path)
     else:
         torch.save(state | {"supernet": {"stem.0.weight": torch.zeros(3)}}, path)
     line = failing(search, ["--resume", str(run.folder)])

@@ -131,6 +131,7 @@ def test_whole_numbers_are_fine_where_a_number_is_asked_for() -> None:
     c = from_settings(SearchConfig, {"cutout_prob": 1, "out": "somewhere"})
     assert checked(c).cutout_prob == 1
     assert c.out == Path("somewhere")
+    assert from_settings(SearchConfig, {"space": Path("mine.json")}).space == "mine.json"
 
 
 def write_run(folder: Path, **changes: object) -> Path:
@@ -160,6 +161,9 @@ def test_what_cannot_be_resumed_says_why(tmp_path) -> None:
     (tmp_path / "text" / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         search_line("--resume", str(tmp_path / "text"))
+    wrong = write_run(tmp_path / "wrong", epochs="two")
+    with pytest.raises(UserError, match=r"config.json: --epochs: expected a whole number"):
+        search_line("--resume", str(wrong))
     other = write_run(tmp_path / "other", colour="blue")
     with pytest.raises(UserError, match=r"not a search of this version.*colour"):
         search_line("--resume", str(other))

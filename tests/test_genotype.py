@@ -106,6 +106,7 @@ def test_text_is_never_evaluated(tmp_path) -> None:
     [
         ("Genotype(normal=[", "genotype text: "),
         ("[1, 2]", "expected Genotype("),
+        (PUBLISHED.replace("range(2, 6)", "5", 1), "normal_concat: expected [2, 3, 4, 5], got 5"),
         ("Genotype(normal=[('skip_connect', 0)])", "expected two (operation, input) pairs a node"),
         (
             PUBLISHED.replace("range(2, 6)", "range(3, 6)", 1),

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +102,7 @@ def test_earlier_genotypes_each_get_a_folder_and_a_second_call_only_fills_in(
         ("1,1", "--genotypes-at: expected different epochs"),
         ("-1", "--genotypes-at: expected different epochs from 0 on"),
         ("7", "has epochs 0 to 2, not 7"),
+        ("0,7", "has epochs 0 to 2, not 7"),
     ],
 )
 def test_bad_epochs(text: str, message: str, searched, tmp_path) -> None:
@@ -207,10 +207,8 @@ def test_command_line_reports_the_test_error(tmp_path) -> None:
     (tmp_path / "g.json").write_text(GENOTYPE.to_json())
     given = small(tmp_path, tmp_path / "g.json", epochs=1)
     command = [sys.executable, "-m", "rdarts_fast.retrain", given.pop("source"), *arguments(given)]
-    start = time.monotonic()
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     error = Run.read(tmp_path / "retrained").result["test_error"]
     assert f"test error after the last epoch: {error:.2%}" in done.stdout
     assert done.stderr == ""
-    assert time.monotonic() - start < 60

@@ -391,3 +391,42 @@ def test_progress_is_a_bar_on_a_terminal_only(finished, tmp_path) -> None:
     assert "genotype:" in done.stdout
     assert str(tmp_path / "run") in done.stdout
     assert os.isatty(0) or "\r" not in done.stdout
+
+
+@pytest.mark.parametrize("name", ["npz:{}", "npz:../{}"])
+def test_the_default_folder_is_one_folder_below_runs(name: str, tmp_path, monkeypatch) -> None:
+    (tmp_path / "here").mkdir()
+    path = write_images(tmp_path / "images.npz")
+    monkeypatch.chdir(tmp_path / "here")
+    data = name.format(path if "/" not in name else path.name)
+    run = run_search(**settings(tmp_path, data=data, out=None, epochs=1))
+    assert [p.name for p in (tmp_path / "here").iterdir()] == ["runs"]
+    assert run.folder.parent == Path("runs")
+    assert run.folder.name.startswith("s5-npz-images-seed3-")
+
+
+def test_a_sample_for_a_quick_look_is_not_the_first_classes(tmp_path) -> None:
+    images = np.load(write_images(tmp_path / "images.npz"))
+    order = {split: np.argsort(images[f"y_{split}"]) for split in ("train", "test")}
+    by_class = {f"{a}_{s}": images[f"{a}_{s}"][order[s]] for a in "xy" for s in order}
+    np.savez(tmp_path / "sorted.npz", **by_class)
+    given = settings(tmp_path, data=f"npz:{tmp_path / 'sorted.npz'}", epoch_steps=1)
+    configured = search.config.from_settings(search.SearchConfig, given)
+    task = Classification.load(configured, torch.device("cpu"))
+    for batches, labels in (
+        (task.validation_batches(), task.images.train_labels),
+        (task.test_batches(), task.images.test_labels),
+    ):
+        assert len(torch.cat(batches)) == 6
+        assert len(labels[torch.cat(batches)].unique()) > 1
+
+
+def test_the_callers_number_of_threads_comes_back(tmp_path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run = run_search(**settings(tmp_path, epochs=1, epoch_steps=1))
+        assert run.environment["threads"] == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

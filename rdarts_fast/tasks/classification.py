@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rdarts_fast import data
 from rdarts_fast.config import RetrainConfig, RunConfig, SearchConfig
-from rdarts_fast.draws import SITE_STREAM_VALIDATION, Draws
+from rdarts_fast.draws import SITE_SAMPLE, SITE_STREAM_VALIDATION, Draws
 from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype
 from rdarts_fast.networks import Network, Supernet, auxiliary_fits
@@ -39,10 +39,11 @@ class Classification:
             augmentation = replace(images.augmentation, cutout_length=config.cutout_length)
             images = replace(images, augmentation=augmentation)
         images.augmentation.check_size(*images.size)
-        smallest = min(len(half) for half in images.halves)
-        if smallest < 2:
+        needed = 4 if isinstance(config, SearchConfig) else 2  # a search halves them
+        found = len(images.train_labels)
+        if found < needed:
             raise UserError(
-                f"data {config.data}: {smallest} images in a half, at least 2 are needed"
+                f"data {config.data}: at least {needed} training images needed, found {found}"
             )
         return cls(images.to(device), config.batch_size, config.epoch_steps)
 
@@ -104,14 +105,20 @@ class Classification:
         return data.validation_batch(self.images.halves[1].cpu(), self.batch_size, draws)
 
     def validation_batches(self) -> list[Tensor]:
-        """Return the alphas' half in order, in batches."""
-        rows = self.images.halves[1].cpu()
-        return list(rows.split(self.batch_size))[: self.epoch_steps]
+        """Return the alphas' half in batches, in order; where epoch_steps cuts it, a fixed sample."""
+        return self._in_order(self.images.halves[1].cpu())
 
     def test_batches(self) -> list[Tensor]:
-        """Return the test images' rows in order, in batches."""
-        rows = torch.arange(len(self.images.test_labels))
-        return list(rows.split(self.batch_size))[: self.epoch_steps]
+        """Return the test images' rows in batches, in order; where epoch_steps cuts, a fixed
+        sample.
+        """
+        return self._in_order(torch.arange(len(self.images.test_labels)))
+
+    def _in_order(self, rows: Tensor) -> list[Tensor]:
+        count = len(rows) if self.epoch_steps is None else self.epoch_steps * self.batch_size
+        if count < len(rows):  # not the first ones: data sets are often sorted by class
+            rows = rows[Draws(0).permutation(SITE_SAMPLE, len(rows))[:count].sort().values]
+        return list(rows.split(self.batch_size))
 
     def training_batch(
         self, rows: Tensor, draws: Draws, cutout_prob: float, *, validation: bool = False
