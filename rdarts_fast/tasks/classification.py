@@ -105,7 +105,7 @@ class Classification:
         return data.validation_batch(self.images.halves[1].cpu(), self.batch_size, draws)
 
     def validation_batches(self) -> list[Tensor]:
-        """Return the alphas' half in batches, in order; where epoch_steps cuts it, a fixed sample."""
+        """The rows of the alphas' half in batches; a fixed sample where epoch_steps cuts."""
         return self._in_order(self.images.halves[1].cpu())
 
     def test_batches(self) -> list[Tensor]:
