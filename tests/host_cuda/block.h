@@ -1,0 +1,72 @@
+// What the files of the machine share: the block that runs and its threads.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+#include "on_host/machine.h"
+
+namespace on_host {
+
+enum class State { kReady, kAtBarrier, kAtPrimitive, kReturned };
+
+struct Thread {
+  uint3 index;
+  int number;  // in the block
+  State state;
+  Fiber fiber;
+  // Where it waits, and what it brought and takes away.
+  const char* primitive;
+  Site site;
+  unsigned mask;
+  uint64_t value;
+  int source;
+  uint64_t result;
+  // How often it passed __syncwarp, and which such times of its warp's lanes lie before it.
+  uint32_t time;
+  std::array<uint32_t, kWarp> known;
+
+  int lane() const { return number % kWarp; }
+};
+
+struct Counts {
+  int64_t launches = 0, bytes_read = 0, bytes_written = 0;
+};
+
+struct Block {
+  const char* kernel = nullptr;
+  Counts* counts = nullptr;
+  std::vector<Thread> threads;
+  Thread* self = nullptr;
+  size_t shared = 0;  // bytes of dynamic shared memory
+  // One clock over everything: the epochs in which the launch and the block began, and the present.
+  uint64_t launch_start = 0, start = 0, epoch = 0;
+
+  // The lanes of the warp that `thread` is in.
+  Thread* warp(const Thread& thread) { return &threads[thread.number / kWarp * kWarp]; }
+  int lanes(const Thread& thread) const {
+    const int rest = static_cast<int>(threads.size()) - thread.number / kWarp * kWarp;
+    return rest < kWarp ? rest : kWarp;
+  }
+};
+extern Block block;
+
+// Forgets the order of global memory, which a new launch does not need.
+void forget_global_memory();
+void poison_dynamic_shared();
+
+// "thread (0,0,0)", "philox.cu:18".
+std::string text(const char* what, unsigned x, unsigned y, unsigned z);
+std::string text(Site site);
+std::string text_of(const Thread& thread);
+
+// For Python.
+void set_thread_order(const std::string& order, uint64_t seed);
+const std::map<std::string, Counts>& counts();
+void reset();
+
+}  // namespace on_host

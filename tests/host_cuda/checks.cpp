@@ -1,0 +1,146 @@
+// Checks each access to memory: bounds, initialisation, and an order that does not hang on luck.
+//
+// Two accesses to an element, one of them a write, must be ordered: by a barrier of the block, by
+// __syncwarp, or by being one thread's. Each thread knows for each lane of its warp the last
+// __syncwarp of that lane that lies before it (a vector clock); so a missing barrier is found in
+// whatever order the threads ran. Two blocks of a launch are never ordered.
+#include <cstring>
+#include <unordered_map>
+
+#include "block.h"
+
+namespace on_host {
+namespace {
+
+std::unordered_map<const void*, Element> global_elements;
+alignas(1024) unsigned char shared_memory[kMaxShared];
+std::vector<Element> shared_elements;
+
+bool comes_before(const Touch& touch, uint64_t memory_start) {
+  if (touch.epoch < memory_start) return true;
+  if (touch.epoch < block.start) return false;
+  if (touch.epoch < block.epoch || touch.thread == block.self->number) return true;
+  return touch.thread / kWarp == block.self->number / kWarp &&
+         touch.time <= block.self->known[touch.thread % kWarp];
+}
+
+const char* word(Access access) {
+  if (access == Access::kAtomic) return "atomic";
+  return access == Access::kRead ? "read" : "write";
+}
+
+std::string name_of(const Target& target) {
+  return "index " + std::to_string(target.index) +
+         (target.element == nullptr ? " of a Span of " : " of shared memory of ") +
+         std::to_string(target.size);
+}
+
+[[noreturn]] void fail_race(Access access, const Target& target, Access before,
+                            const Touch& earlier) {
+  const std::string other = earlier.epoch < block.start ? std::string("a thread of another block")
+                                                        : text_of(block.threads[earlier.thread]);
+  fail(target.site, std::string(word(access)) + "-after-" + word(before) + " race: " +
+                        word(access) + " of " + name_of(target) + " after the " + word(before) +
+                        " by " + other + " at " + text(earlier.site) + ", with no barrier between");
+}
+
+void append(std::vector<Touch>& touches, const Touch& now, uint64_t memory_start) {
+  if (!touches.empty()) {
+    const Touch& last = touches.back();
+    const bool one_block = memory_start == block.start;  // only this block sees the memory
+    if (one_block && last.epoch < now.epoch) {
+      touches.clear();
+    } else if (last.epoch == now.epoch && last.thread == now.thread) {
+      touches.pop_back();
+    }
+  }
+  touches.push_back(now);
+}
+
+void check_order(Access access, const Target& target, Element& element, uint64_t memory_start) {
+  const auto check = [&](Access before, const Touch& touch) {
+    if (!comes_before(touch, memory_start)) fail_race(access, target, before, touch);
+  };
+  check(Access::kWrite, element.write);
+  if (access != Access::kRead) {
+    for (const Touch& touch : element.reads) check(Access::kRead, touch);
+  }
+  if (access != Access::kAtomic) {
+    for (const Touch& touch : element.atomics) check(Access::kAtomic, touch);
+  }
+  const Touch now = {block.epoch, block.self->number, block.self->time, target.site};
+  if (access == Access::kRead) append(element.reads, now, memory_start);
+  if (access == Access::kAtomic) append(element.atomics, now, memory_start);
+  if (access == Access::kWrite) {
+    element.write = now;
+    element.reads.clear();  // whoever comes after the write comes after them
+    element.atomics.clear();
+  }
+}
+
+void check_bounds(Access access, const Target& target, int64_t count) {
+  if (target.index >= 0 && target.index + count <= target.size) return;
+  const std::string width = count == 1 ? "" : std::to_string(count) + " elements from ";
+  fail(target.site,
+       std::string(word(access)) + " of " + width + name_of(target) + " is out of bounds");
+}
+
+void touch_one(Access access, const Target& target) {
+  if (target.element != nullptr) {
+    if (access != Access::kWrite && target.element->write.epoch < block.start) {
+      fail(target.site, std::string(word(access)) + " of " + name_of(target) +
+                            ", which no thread of the block has written yet");
+    }
+    check_order(access, target, *target.element, block.start);
+    return;
+  }
+  const auto bytes = static_cast<int64_t>(target.bytes);
+  if (access != Access::kWrite) block.counts->bytes_read += bytes;
+  if (access != Access::kRead) block.counts->bytes_written += bytes;
+  if (!target.constant) {
+    check_order(access, target, global_elements[target.address], block.launch_start);
+  }
+}
+
+}  // namespace
+
+void touch(Access access, const Target& target) {
+  check_bounds(access, target, 1);
+  touch_one(access, target);
+}
+
+void touch_vector(Access access, Target target, int count, size_t align) {
+  check_bounds(access, target, count);
+  if (reinterpret_cast<uintptr_t>(target.address) % align != 0) {
+    fail(target.site, std::string(word(access)) + " of a vector at " + name_of(target) +
+                          ": the address is no multiple of " + std::to_string(align));
+  }
+  for (int i = 0; i < count; ++i) {
+    touch_one(access, target);
+    ++target.index;
+    target.address = static_cast<const char*>(target.address) + target.bytes;
+    if (target.element != nullptr) target.element += target.bytes;
+  }
+}
+
+Dynamic dynamic_shared(size_t offset, size_t bytes, size_t align, Site site) {
+  if (offset + bytes > block.shared) {
+    fail(site, "dynamic_shared: " + std::to_string(bytes) + " bytes from byte " +
+                   std::to_string(offset) + " on, but the launch gave " +
+                   std::to_string(block.shared));
+  }
+  if (offset % align != 0) {
+    fail(site, "dynamic_shared: byte " + std::to_string(offset) + " is no multiple of " +
+                   std::to_string(align));
+  }
+  return {shared_memory + offset, shared_elements.data() + offset};
+}
+
+void poison_dynamic_shared() {
+  if (shared_elements.size() < block.shared) shared_elements.resize(block.shared);
+  std::memset(shared_memory, 0xFF, block.shared);
+}
+
+void forget_global_memory() { global_elements.clear(); }
+
+}  // namespace on_host

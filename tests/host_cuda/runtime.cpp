@@ -1,0 +1,69 @@
+// The calls of the CUDA runtime, and what a launch may ask for.
+#include "on_host/runtime.h"
+
+#include <cstring>
+#include <map>
+#include <utility>
+
+#include "on_host/launch.h"
+
+namespace {
+
+constexpr size_t kSharedByDefault = 48 * 1024;
+
+cudaError_t last_error = cudaSuccess;
+std::map<const void*, size_t> shared_limits;
+
+}  // namespace
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+  }
+  return "unrecognized error code";
+}
+
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+
+namespace on_host {
+
+cudaError_t set_attribute(const void* kernel, cudaFuncAttribute, int value) {
+  if (value < 0 || static_cast<size_t>(value) > kMaxShared) return cudaErrorInvalidValue;
+  shared_limits[kernel] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+
+bool launchable(const void* kernel, dim3 blocks, dim3 threads, size_t shared) {
+  const auto limit = shared_limits.find(kernel);
+  const size_t most = limit == shared_limits.end() ? kSharedByDefault : limit->second;
+  const bool valid = blocks.x > 0 && blocks.x < 1u << 31 && blocks.y > 0 && blocks.y < 1u << 16 &&
+                     blocks.z > 0 && blocks.z < 1u << 16 && threads.x > 0 && threads.y > 0 &&
+                     threads.z > 0 && threads.z <= 64 &&
+                     uint64_t{threads.x} * threads.y * threads.z <= kMaxThreads;
+  if (!valid) last_error = cudaErrorInvalidConfiguration;
+  if (shared > most) last_error = cudaErrorInvalidValue;
+  return valid && shared <= most;
+}
+
+}  // namespace on_host
