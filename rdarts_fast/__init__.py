@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rdarts_fast.genotype import Genotype, discretize
     from rdarts_fast.networks import Network, Supernet
+    from rdarts_fast.retrain import run_retraining
     from rdarts_fast.run_dir import Run
     from rdarts_fast.search import run_search
     from rdarts_fast.spaces import load_space
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "discretize",
     "load_space",
+    "run_retraining",
     "run_search",
 ]
 
@@ -38,13 +40,17 @@ _HOMES = {
     "Supernet": "networks",
     "discretize": "genotype",
     "load_space": "spaces",
+    "run_retraining": "retrain",
     "run_search": "search",
 }
+_MODULES = ("bilevel", "genotype", "networks", "search", "spaces")
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _installed_version()
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -58,6 +58,8 @@ class RunConfig:
     """Largest norm of the weights' gradient."""
     drop_path_prob: float = 0.0
     """Chance of dropping an edge at the last epoch, linear from 0 (the paper: 0 to 0.6)."""
+    flip: bool | None = None
+    """Mirror training images at random [the data set's own: not for digits]."""
     cutout_length: int | None = None
     """Side of the cutout square in pixels [the data set's own: 16 at 32x32]."""
     cutout_prob: float = 1.0
@@ -246,32 +248,35 @@ def _base(first: Config) -> Config:
     source = Path(getattr(first, "source", ""))
     if first.data or not (source / "config.json").is_file():
         return defaults(kind, first.data or "digits", first.preset)
-    run = stored(SearchConfig, source, "source")
-    base = defaults(kind, run.data, first.preset)
-    return dataclasses.replace(base, data_root=run.data_root, image_size=run.image_size)
+    run = _read_config(source, "source")  # of any kind and version: what it trained on is enough
+    base = defaults(kind, str(run.get("data", "digits")), first.preset)
+    root = Path(str(run.get("data_root", base.data_root)))
+    return dataclasses.replace(base, data_root=root, image_size=run.get("image_size"))
 
 
 def _finished(base: Config, config: Config) -> Config:
+    config = _absolute(config)  # a run is resumed from any folder
     if config.resume is not None:
         check_same(base, config)
     return checked(config)
 
 
+def _absolute(config: Config) -> Config:
+    loader, _, path = config.data.partition(":")
+    data = f"{loader}:{Path(path).absolute()}" if path else config.data
+    changes: dict[str, Any] = {"data": data, "data_root": config.data_root.absolute()}
+    if isinstance(config, SearchConfig) and config.space.endswith(".json"):
+        changes["space"] = str(Path(config.space).absolute())
+    return dataclasses.replace(config, **changes)
+
+
 def stored(kind: type[Config], folder: Path, what: str) -> Config:
     """Return the config of the run in `folder`; `what` names it in the UserError where there is
-    none or another kind.
+    none, or one of another kind or version.
     """
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{what} {folder}: not a run's folder ({path}: {error.strerror})"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{what} {folder}: {path} is not JSON: {error}") from error
+    values = _read_config(folder, what)
     names = {field.name for field in dataclasses.fields(kind)} - {"resume"}
-    strange = sorted(set(values) ^ names) if isinstance(values, dict) else ["everything"]
+    strange = sorted(set(values) ^ names)
     if strange:
         name = kind.__name__.removesuffix("Config").lower()
         raise UserError(
@@ -284,6 +289,21 @@ def stored(kind: type[Config], folder: Path, what: str) -> Config:
     except UserError as error:
         raise UserError(f"{what} {folder}: config.json: {error}") from error
     return config
+
+
+def _read_config(folder: Path, what: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{what} {folder}: not a run's folder ({path}: {error.strerror})"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{what} {folder}: {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{what} {folder}: {path} is not an object")
+    return values
 
 
 def _with_paths(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _retrain(settings: RetrainConfig, device: torch.device) -> Run:
     genotype = find_genotype(settings)
     task = Classification.load(settings, device)
     state = RetrainState.start(settings, task.network(settings, genotype).to(device))
-    where = training.environment(device, settings)
+    where = training.environment(device, settings, task.fingerprint())
     source = Path(settings.source).resolve()
     name = f"retrain-{source.name if source.is_dir() else source.stem}"
     files = {"genotype.json": genotype.to_json()}

@@ -2,6 +2,7 @@
 
     config.json         the settings, written once
     environment.json    what it ran on
+    space.json          the search space, in a search's folder
     metrics.jsonl       one JSON object a line, one line an epoch
     genotype.json       the found genotype, once there is one
     result.json         what the run ended with, once it has ended
@@ -42,6 +43,7 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 GENOTYPE = "genotype.json"
 RESULT = "result.json"
+SPACE = "space.json"
 CHECKPOINTS = "checkpoints"
 LOCK = "lock"
 CHECKPOINT_FORMAT = 1

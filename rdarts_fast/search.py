@@ -7,6 +7,7 @@ python -m rdarts_fast.search --space s4
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from rdarts_fast.errors import exit_on_user_error
 from rdarts_fast.events import Events
 from rdarts_fast.genotype import discretize, kept_edges
 from rdarts_fast.networks import Supernet, softmax_weights
-from rdarts_fast.run_dir import GENOTYPE, RESULT, Run, RunDir
+from rdarts_fast.run_dir import GENOTYPE, RESULT, SPACE, Run, RunDir
 from rdarts_fast.spaces import load_space
 from rdarts_fast.tasks.classification import Classification
 
@@ -44,13 +45,15 @@ def search(settings: SearchConfig) -> Run:
 
 
 def _search(settings: SearchConfig, device: torch.device) -> Run:
-    space = load_space(settings.space)
+    resumed = settings.resume
+    space = load_space(settings.space if resumed is None else resumed / SPACE)
     task = Classification.load(settings, device)
     state = SearchState.start(settings, task.supernet(settings, space).to(device))
-    where = training.environment(device, settings)
+    where = training.environment(device, settings, task.fingerprint())
     name = f"{space.name}-{training.plain(task.images.name)}-seed{settings.seed}"
+    files = {SPACE: json.dumps(space.to_dict())}
     with (
-        training.open_run(settings, where, name, "search", state) as run,
+        training.open_run(settings, where, name, "search", state, files) as run,
         training.Stop().watching() as stop,
     ):
         announce(settings, where, task, state.supernet, run)

@@ -26,11 +26,14 @@ from rdarts_fast.config import RunConfig, to_json
 from rdarts_fast.errors import UserError
 from rdarts_fast.events import Events, TensorBoardEvents, check_tensorboard
 from rdarts_fast.native import build_info, cpu_unit
-from rdarts_fast.run_dir import Run, RunDir
+from rdarts_fast.run_dir import ENVIRONMENT, Run, RunDir
 
 EVALUATION_PASS = (
     64  # the forward passes of a step count up from 0; those of an evaluation are apart
 )
+
+
+PROGRAMS = {"search": "search", "retraining": "retrain"}  # kind of run -> what to call
 
 
 class Interrupted(KeyboardInterrupt):
@@ -47,8 +50,11 @@ def prepared(config: RunConfig) -> Iterator[torch.device]:
     device, before = select_device(config.device), torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    # On a GPU: float32 that is float32, and the same bits each time.
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     try:
-        yield device
+        with exact:
+            yield device
     finally:
         torch.set_num_threads(before)
 
@@ -72,9 +78,9 @@ def select_device(name: str) -> torch.device:
     return device
 
 
-def environment(device: torch.device, config: RunConfig) -> dict[str, Any]:
-    """Return what environment.json holds: everything beside the settings that a run's bits can
-    depend on.
+def environment(device: torch.device, config: RunConfig, data: str) -> dict[str, Any]:
+    """Return what environment.json holds, `data` being the images' checksum: everything beside the
+    settings that a run's bits can depend on.
     """
     built = build_info()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -91,6 +97,8 @@ def environment(device: torch.device, config: RunConfig) -> dict[str, Any]:
         "gpu": gpu,
         "threads": torch.get_num_threads(),
         "backend": getattr(config, "backend", "torch"),
+        "precision": "float32",
+        "data": data,
         "seed": config.seed,
     }
 
@@ -275,7 +283,12 @@ def open_run(
     with run:
         if config.resume is not None:
             _resume(run, environment, kind, state)
-        yield run
+        try:
+            yield run
+        except Interrupted:
+            raise
+        except KeyboardInterrupt as interrupt:  # at once: the last checkpoint is the one there is
+            raise Interrupted(resume_command(PROGRAMS[kind], run.folder)) from interrupt
 
 
 def plain(name: str) -> str:
@@ -298,7 +311,10 @@ def _resume(run: RunDir, environment: dict[str, Any], kind: str, state: State) -
     changed = differences(Run.read(run.folder).environment, environment)
     if changed:
         changes = ", ".join(changed)
-        print(f"warning: the result can differ in its last bits: {changes}", file=sys.stderr)
+        print(f"warning: the result can differ: {changes}", file=sys.stderr)
+        before = Run.read(run.folder).environment
+        resumed = [*before.get("resumed_on", []), environment]
+        run.write_json(ENVIRONMENT, {**before, "resumed_on": resumed})
     print(f"resumed at epoch {stored['epoch']}, batch {stored['step']}")
 
 

@@ -48,7 +48,7 @@ def search_words(folder: Path, **changes: Any) -> list[str]:
         ({"space": "s9"}, 'unknown space "s9": one of s1, s2'),
         ({"data": "cifar11"}, 'unknown data set "cifar11"'),
         ({"preset": "papr"}, 'unknown preset "papr"'),
-        ({"space": "nowhere.json"}, "space nowhere.json: No such file"),
+        ({"space": "nowhere.json"}, "nowhere.json: No such file"),
         ({"device": "cuda:99"}, "--device cuda:99: "),
         ({"device": "tpu"}, "--device: expected auto, cpu, cuda or cuda:N, got tpu"),
         ({"data": "npz:/nowhere/x.npz"}, "/nowhere/x.npz"),

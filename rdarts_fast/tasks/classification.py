@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,6 +39,8 @@ class Classification:
         if config.cutout_length is not None:
             augmentation = replace(images.augmentation, cutout_length=config.cutout_length)
             images = replace(images, augmentation=augmentation)
+        if config.flip is not None:
+            images = replace(images, augmentation=replace(images.augmentation, flip=config.flip))
         images.augmentation.check_size(*images.size)
         needed = 4 if isinstance(config, SearchConfig) else 2  # a search halves them
         found = len(images.train_labels)
@@ -46,6 +49,19 @@ class Classification:
                 f"data {config.data}: at least {needed} training images needed, found {found}"
             )
         return cls(images.to(device), config.batch_size, config.epoch_steps)
+
+    def fingerprint(self) -> str:
+        """Return a checksum of all images and labels."""
+        checksum = 0
+        images = self.images
+        for tensor in (
+            images.train_images,
+            images.train_labels,
+            images.test_images,
+            images.test_labels,
+        ):
+            checksum = zlib.crc32(tensor.cpu().contiguous().numpy().data, checksum)
+        return f"{checksum:08x}"
 
     def describe(self) -> str:
         """Return name, image size and number of classes for a line of output."""
