@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "dispatch.h"
 #include "launchers.h"
 
@@ -128,6 +129,7 @@ PYBIND11_MODULE(_rdarts_fast, module) {
   define("philox_bits", &philox_bits_at, "Fill int64 [count] with words of 32 bits.");
   define("philox_uniform", &philox_uniform_at, "Fill float32 [count], uniform in [0, 1).");
   define("philox_normal", &philox_normal_at, "Fill float32 [count], standard normal.");
+  define_kernels(module);
 }
 
 }  // namespace rdarts

@@ -1,6 +1,8 @@
 // Fills memory with Philox numbers; the formulas are in philox.h.
 #include "philox.h"
 
+#include <algorithm>
+
 #include "launchers.h"
 #include "parallel.h"
 #include "wide.h"
@@ -71,6 +73,21 @@ void fill(typename Kind::Value* out, int64_t count, PhiloxStart start, int threa
   for (int64_t i = kNumbers * whole; i < count; ++i) out[i] = rest[i - kNumbers * whole];
 }
 
+// Numbers [first, first + count) of the stream, by one thread.
+template <typename Kind>
+void fill_range(typename Kind::Value* out, int64_t first, int64_t count, PhiloxStart start) {
+  constexpr int64_t kNumbers = 4 * kLanes;
+  typename Kind::Value group[kNumbers];
+  for (int64_t done = 0; done < count;) {
+    const int64_t block = (first + done) / 4, skipped = first + done - 4 * block;
+    const int64_t size = std::min(kNumbers - skipped, count - done);
+    const bool whole = skipped == 0 && size == kNumbers;
+    write<Kind>(whole ? out + done : group, static_cast<uint32_t>(block), start);
+    if (!whole) std::copy_n(group + skipped, size, out + done);
+    done += size;
+  }
+}
+
 }  // namespace
 
 template <>
@@ -86,6 +103,11 @@ void philox_uniform<RDARTS_UNIT>(float* out, int64_t count, PhiloxStart start, i
 template <>
 void philox_normal<RDARTS_UNIT>(float* out, int64_t count, PhiloxStart start, int threads) {
   fill<Normal>(out, count, start, threads);
+}
+
+template <>
+void draw_normals<RDARTS_UNIT>(float* out, int64_t first, int64_t count, PhiloxStart start) {
+  fill_range<Normal>(out, first, count, start);
 }
 
 }  // namespace rdarts

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "node_sum.h"
 #include "philox.h"
 #include "place.h"
 
@@ -16,11 +17,38 @@ void philox_uniform(float* out, int64_t count, PhiloxStart start, int threads);
 template <Unit unit>
 void philox_normal(float* out, int64_t count, PhiloxStart start, int threads);
 
+// out[i] = normal number `first + i` of the stream, on the calling thread.
+template <Unit unit>
+void draw_normals(float* out, int64_t first, int64_t count, PhiloxStart start);
+
+// What they compute stands beside their arguments in node_sum.h. float32 and float64.
+template <Unit unit>
+void node_sum(const NodeSum& arguments, int threads);
+template <Unit unit>
+void affine(const Affine& arguments, int threads);
+template <Unit unit>
+void channel_sums(const ChannelSums& arguments, int threads);
+template <Unit unit>
+void node_sum_dq(const NodeSumDq& arguments, int threads);
+template <Unit unit>
+void normalize(const Normalization& arguments);
+template <Unit unit>
+void normalize_backward(const NormalizationBackward& arguments);
+
 namespace cuda {
 
 void philox_bits(int64_t* out, int64_t count, PhiloxStart start, const Place& place);
 void philox_uniform(float* out, int64_t count, PhiloxStart start, const Place& place);
 void philox_normal(float* out, int64_t count, PhiloxStart start, const Place& place);
+
+// Doubles of workspace that any of the following needs.
+int64_t workspace(const int64_t* shape, int inputs, int sites);
+void node_sum(const NodeSum& arguments, const Place& place);
+void affine(const Affine& arguments, const Place& place);
+void channel_sums(const ChannelSums& arguments, const Place& place);
+void node_sum_dq(const NodeSumDq& arguments, const Place& place);
+void normalize(const Normalization& arguments, const Place& place);
+void normalize_backward(const NormalizationBackward& arguments, const Place& place);
 
 }  // namespace cuda
 }  // namespace rdarts

@@ -66,12 +66,15 @@ class FactorizedReduce(nn.Module):
         self.bn = batch_norm(channels_out, affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(x)
+        z: Tensor = self.bn(self.convolve(F.relu(x)))
+        return z
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """Return what the batch norm takes, from ReLU's result."""
         z: Tensor = self.conv_1(x)
         if self.conv_2 is not None:
             padded = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
             z = torch.cat([z, self.conv_2(padded[:, :, 1:, 1:])], dim=1)
-        z = self.bn(z)
         return z
 
 

@@ -2,6 +2,7 @@
 section 2.2).
 
 `backend="reference"` is the published network: one torch module per candidate, `sum(w * op(x))`.
+`backend="fused"` has the same modules, parameters and buffers, and sums each node by a kernel.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from rdarts_fast.draws import SITE_ALPHAS, SITE_NETWORK, Draws
 from rdarts_fast.errors import unknown
+from rdarts_fast.networks.fused import Node, State
 from rdarts_fast.networks.operations import (
     Noise,
     apply,
@@ -23,7 +25,7 @@ from rdarts_fast.networks.operations import (
 )
 from rdarts_fast.spaces import CELL_TYPES, INPUTS, Space, edges_into, load_space
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "fused")
 STEM_MULTIPLIER = 3
 SITES_PER_CELL = 4096  # a cell's draws: drop path at its first site, then one site a candidate
 SITES_PER_EDGE = 16
@@ -77,6 +79,7 @@ class SearchCell(nn.Module):
     ) -> None:
         super().__init__()
         self.kind, self.nodes, self.site = kind, space.nodes, site
+        self.fused = False
         self.preprocess0 = preprocess(inputs[0], channels, shrunk, affine=False)
         self.preprocess1 = preprocess(inputs[1], channels, False, affine=False)
         self.edges = nn.ModuleList()
@@ -94,6 +97,8 @@ class SearchCell(nn.Module):
         factors = None
         if drop_path > 0.0 and self.training:
             factors = drop_path_factors(draws, self.site, len(self.edges), s0, drop_path)  # [E, N]
+        if self.fused:
+            return self._fused(states, weights, draws, factors)
         for node in range(self.nodes):
             terms = []
             for source, e in enumerate(edges_into(node)):
@@ -101,6 +106,22 @@ class SearchCell(nn.Module):
                 terms.append(term if factors is None else term * factors[e].view(-1, 1, 1, 1))
             states.append(sum(terms[1:], terms[0]))
         return torch.cat(states[INPUTS:], dim=1)
+
+    def _fused(
+        self, inputs: list[Tensor], weights: Tensor, draws: Draws, factors: Tensor | None
+    ) -> Tensor:
+        states = [State(x) for x in inputs]
+        rows = [row.unbind() for row in weights.unbind()]  # one node of the graph, not E x O
+        like = inputs[0][:, :, ::2, ::2] if self.kind == "reduce" else inputs[0]
+        for node in range(self.nodes):
+            terms = Node()
+            for source, e in enumerate(edges_into(node)):
+                edge = self.edges[e]
+                assert isinstance(edge, MixedOp)
+                for weight, operation in zip(rows[e], edge.operations, strict=True):
+                    terms.add(operation, states[source], weight, e)
+            states.append(State(terms.sum(like, draws, factors, self.training)))
+        return torch.cat([state.value for state in states[INPUTS:]], dim=1)
 
 
 class Supernet(nn.Module):
@@ -141,6 +162,8 @@ class Supernet(nn.Module):
             inputs = (inputs[1], self.space.nodes * channels)
             shrunk = kind == "reduce"
         self.classifier = nn.Linear(inputs[1], classes)
+        for cell in self.cells:
+            cell.fused = backend == "fused"  # type: ignore[assignment]
 
     def forward(self, images: Tensor, weights: Weights, draws: Draws | None = None) -> Tensor:
         """Return the logits [N, classes] of images [N, C, H, W] under the operations' weights.

@@ -1,0 +1,10 @@
+// What the files that define the module's functions share.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace rdarts {
+
+void define_kernels(pybind11::module_& module);
+
+}  // namespace rdarts

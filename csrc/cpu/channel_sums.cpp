@@ -1,0 +1,270 @@
+// Sums per channel, in float64 from short blocks in the arrays' type:
+//   channel_sums   sum (z_k - pivot),  sum (z_k - pivot)^2
+//   node_sum_dq    sum f g (z_k - pivot),  sum f g,  sum f_j g N(0, 1)
+// Each sample has its own sums; then they are added in the order of the samples, so that no bit
+// depends on the number of threads.
+#include <vector>
+
+#include "launchers.h"
+#include "normalization.h"
+#include "parallel.h"
+#include "tiles.h"
+
+namespace rdarts {
+namespace {
+
+// first += a, second += b over the samples' partial sums [samples, size].
+void combine(const double* partial, int64_t samples, int64_t size, double* sums) {
+  std::fill_n(sums, size, 0.0);
+  for (int64_t n = 0; n < samples; ++n) {
+    for (int64_t i = 0; i < size; ++i) sums[i] += partial[n * size + i];
+  }
+}
+
+// body(first, length) over a tile's repetitions of the pattern of sums; the length of all but the
+// last is a constant where a channel's plane is summed.
+template <bool inner, typename Body>
+inline void repeat(int64_t size, int64_t period, const Body& body) {
+  if constexpr (inner) {
+    for (int64_t first = 0; first < size; first += period) body(first, std::min(period, size - first));
+  } else {
+    int64_t first = 0;
+    for (; first + kLanes <= size; first += kLanes) body(first, kLanes);
+    if (first < size) body(first, size - first);
+  }
+}
+
+// sum += z - pivot, square += (z - pivot)^2
+template <typename T, bool inner>
+void centred_tile(const T* __restrict z, const T* __restrict pivot, T* __restrict sum,
+                  T* __restrict square, int64_t size, int64_t period) {
+  repeat<inner>(size, period, [&](int64_t first, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) {
+      const T x = z[first + i] - pick<inner>(pivot, i);
+      sum[i] += x;
+      square[i] += x * x;
+    }
+  });
+}
+
+template <typename T>
+void sums_of_sample(const ChannelSums& a, const Runs& r, int64_t n, const double* pivots,
+                    double* sums /* [2, K, C] */) {
+  const int64_t plane = a.inputs * r.channels;
+  std::fill_n(sums, 2 * plane, 0.0);
+  std::vector<T> pivot(r.period), sum(r.period, T(0)), square(r.period, T(0));
+  for (int k = 0; k < a.inputs; ++k) {
+    Reader<T> z(a.z[k], r);
+    for (int64_t run = 0; run < r.count; ++run) {
+      const int64_t row = k * r.channels;
+      spread(r, run, pivot.data(), [&](int64_t c) { return static_cast<T>(pivots[row + c]); });
+      int64_t since = 0;
+      const auto flush_both = [&] {
+        flush(r, run, sum.data(), sums + row);
+        flush(r, run, square.data(), sums + plane + row);
+        since = 0;
+      };
+      for_tiles(r, [&](int64_t begin, int64_t size) {
+        const auto add = r.inner ? centred_tile<T, true> : centred_tile<T, false>;
+        add(z.tile(n, run, begin, size), pivot.data(), sum.data(), square.data(), size, r.period);
+        since += size / r.period;
+        if (since >= kFlushed) flush_both();
+      });
+      flush_both();
+    }
+  }
+}
+
+template <typename T>
+void first_elements(const ChannelSums& a, const Runs& r, double* pivots /* [K, C] */) {
+  for (int k = 0; k < a.inputs; ++k) {
+    for (int64_t c = 0; c < r.channels; ++c) {
+      const T* data = static_cast<const T*>(a.z[k].data);
+      pivots[k * r.channels + c] = data[c * a.z[k].strides[1]];
+    }
+  }
+}
+
+template <typename T>
+void channel_sums_of(const ChannelSums& a, const Runs& r, int threads) {
+  const int64_t plane = a.inputs * r.channels;
+  const double* pivots = a.pivot;
+  if (!pivots) {
+    first_elements<T>(a, r, a.sums + 2 * plane);
+    pivots = a.sums + 2 * plane;
+  }
+  parallel_for(r.samples, 1, threads, [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; ++n) {
+      sums_of_sample<T>(a, r, n, pivots, a.workspace + n * 2 * plane);
+    }
+  });
+  combine(a.workspace, r.samples, 2 * plane, a.sums);
+}
+
+// sum += g (z - pivot)
+template <typename T, bool inner>
+void product_tile(const T* __restrict g, const T* __restrict z, const T* __restrict pivot,
+                  T* __restrict sum, int64_t size, int64_t period) {
+  repeat<inner>(size, period, [&](int64_t first, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) {
+      sum[i] += g[first + i] * (z[first + i] - pick<inner>(pivot, i));
+    }
+  });
+}
+
+// sum += g
+template <typename T, bool inner>
+void plain_tile(const T* __restrict g, T* __restrict sum, int64_t size, int64_t period) {
+  repeat<inner>(size, period, [&](int64_t first, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) sum[i] += g[first + i];
+  });
+}
+
+// sums: [2, K, C] and [J] of one sample.
+template <typename T>
+void products_of_sample(const NodeSumDq& a, const Runs& r, int64_t n, double* sums) {
+  const int64_t plane = a.inputs * r.channels;
+  std::fill_n(sums, 2 * plane, 0.0);
+  std::vector<double> plain(r.channels, 0.0);
+  std::vector<T> pivots(a.inputs * r.period), products(a.inputs * r.period, T(0));
+  std::vector<T> once(r.period, T(0));
+  std::vector<Reader<T>> z;
+  for (int k = 0; k < a.inputs; ++k) z.emplace_back(a.z[k], r);
+  Reader<T> g(a.g, r);
+  for (int64_t run = 0; run < r.count; ++run) {
+    for (int k = 0; k < a.inputs; ++k) {
+      spread(r, run, &pivots[k * r.period], [&](int64_t c) {
+        return a.pivot ? static_cast<T>(a.pivot[k * r.channels + c]) : T(0);
+      });
+    }
+    int64_t since = 0;
+    const auto flush_all = [&] {
+      for (int k = 0; k < a.inputs; ++k) {
+        flush(r, run, &products[k * r.period], sums + k * r.channels);
+      }
+      flush(r, run, once.data(), plain.data());
+      since = 0;
+    };
+    for_tiles(r, [&](int64_t begin, int64_t size) {
+      const T* gradient = g.tile(n, run, begin, size);
+      const auto add = r.inner ? plain_tile<T, true> : plain_tile<T, false>;
+      const auto multiply = r.inner ? product_tile<T, true> : product_tile<T, false>;
+      add(gradient, once.data(), size, r.period);
+      for (int k = 0; k < a.inputs; ++k) {
+        const T* const input = z[k].tile(n, run, begin, size);
+        const int64_t row = k * r.period;
+        multiply(gradient, input, &pivots[row], &products[row], size, r.period);
+      }
+      since += size / r.period;
+      if (since >= kFlushed) flush_all();
+    });
+    flush_all();
+  }
+  for (int k = 0; k < a.inputs; ++k) {
+    const T* const factors = static_cast<const T*>(a.factors);
+    const double factor = factors ? factors[k * r.samples + n] : 1.0;
+    for (int64_t c = 0; c < r.channels; ++c) {
+      sums[k * r.channels + c] *= factor;
+      sums[plane + k * r.channels + c] = factor * plain[c];
+    }
+  }
+}
+
+// sums[j] = f_j * sum of g N(0, 1) over one sample.
+template <typename T>
+void drawn_of_sample(const NodeSumDq& a, const Runs& r, int64_t n, double* sums /* [J] */) {
+  const int64_t size = r.channels * r.pixels();
+  Runs planes = r;  // the logical order, in which numbers are drawn
+  planes.inner = false, planes.count = r.channels, planes.length = r.pixels();
+  planes.period = kLanes, planes.tile = kTile;
+  Reader<T> g(a.g, planes);
+  std::vector<float> numbers(size);
+  for (int j = 0; j < a.drawn.count; ++j) {
+    const T* const factors = static_cast<const T*>(a.drawn.factors);
+    const double factor = factors ? factors[j * r.samples + n] : 1.0;
+    sums[j] = 0.0;
+    if (factor == 0.0) continue;
+    PhiloxStart start = a.drawn.start;
+    start.c1 = a.drawn.sites[j];
+    draw_normals<RDARTS_UNIT>(numbers.data(), n * size, size, start);
+    for (int64_t run = 0; run < planes.count; ++run) {
+      for_tiles(planes, [&](int64_t begin, int64_t length) {
+        const T* gradient = g.tile(n, run, begin, length);
+        const float* drawn = &numbers[run * r.pixels() + begin];
+        T parts[16] = {};
+        for (int64_t i = 0; i < length; ++i) parts[i % 16] += gradient[i] * static_cast<T>(drawn[i]);
+        for (const T part : parts) sums[j] += factor * part;
+      });
+    }
+  }
+}
+
+template <typename T>
+void node_sum_dq_of(const NodeSumDq& a, const Runs& r, int threads) {
+  const int64_t plane = a.inputs * r.channels, size = 2 * plane + a.drawn.count;
+  parallel_for(r.samples, 1, threads, [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; ++n) {
+      double* const sums = a.workspace + n * size;
+      products_of_sample<T>(a, r, n, sums);
+      drawn_of_sample<T>(a, r, n, sums + 2 * plane);
+    }
+  });
+  std::vector<double> total(size);
+  combine(a.workspace, r.samples, size, total.data());
+  std::copy_n(total.data(), 2 * plane, a.sums);
+  std::copy_n(total.data() + 2 * plane, a.drawn.count, a.drawn_sums);
+}
+
+template <typename T>
+void normalize_all(const Normalization& a) {
+  for (int k = 0; k < a.inputs; ++k) {
+    for (int64_t c = 0; c < a.channels; ++c) normalize_channel<T>(a, k, c);
+  }
+}
+
+template <typename T>
+void normalize_backward_all(const NormalizationBackward& a) {
+  for (int k = 0; k < a.inputs; ++k) {
+    a.dweights[k] = 0.0;
+    for (int64_t c = 0; c < a.channels; ++c) {
+      a.dweights[k] += normalize_channel_backward<T>(a, k, c);
+    }
+  }
+}
+
+}  // namespace
+
+template <>
+void channel_sums<RDARTS_UNIT>(const ChannelSums& a, int threads) {
+  const int64_t plane = a.inputs * a.z[0].shape[1];
+  if (is_empty(a.z[0])) return void(std::fill_n(a.sums, (a.pivot ? 2 : 3) * plane, 0.0));
+  const Runs r = runs_of(a.z[0]);
+  if (a.z[0].dtype == DType::kFloat64) channel_sums_of<double>(a, r, threads);
+  else channel_sums_of<float>(a, r, threads);
+}
+
+template <>
+void node_sum_dq<RDARTS_UNIT>(const NodeSumDq& a, int threads) {
+  if (is_empty(a.g)) {
+    std::fill_n(a.sums, 2 * a.inputs * a.g.shape[1], 0.0);
+    std::fill_n(a.drawn_sums, a.drawn.count, 0.0);
+    return;
+  }
+  const Runs r = runs_of(a.g);
+  if (a.g.dtype == DType::kFloat64) node_sum_dq_of<double>(a, r, threads);
+  else node_sum_dq_of<float>(a, r, threads);
+}
+
+template <>
+void normalize<RDARTS_UNIT>(const Normalization& a) {
+  if (a.dtype == DType::kFloat64) normalize_all<double>(a);
+  else normalize_all<float>(a);
+}
+
+template <>
+void normalize_backward<RDARTS_UNIT>(const NormalizationBackward& a) {
+  if (a.dtype == DType::kFloat64) normalize_backward_all<double>(a);
+  else normalize_backward_all<float>(a);
+}
+
+}  // namespace rdarts

@@ -1,0 +1,270 @@
+// The weighted sum of candidates into a node, and the affine map that its backward is made of:
+//   out   = sum_k factors[k, n] * (scale[k, c] * z_k + shift[k, c]) + sum_j f_j w_j N(0, 1)
+//   out_k = factors[k, n] * by_g[k, c] * g + by_z[k, c] * z_k + constant[k, c]
+#include "node_sum.h"
+
+#include <vector>
+
+#include "launchers.h"
+#include "parallel.h"
+#include "tiles.h"
+
+namespace rdarts {
+namespace {
+
+template <typename T>
+T at(const void* values, int64_t i, T absent) {
+  return values ? static_cast<const T*>(values)[i] : absent;
+}
+
+// total += scale z + ... for up to four tensors at once: the sum is loaded and stored a quarter as
+// often. A repetition is a pattern of channels, or a whole tile of a channel's plane.
+template <typename T, int count, bool inner>
+void accumulate(T* __restrict total, const T* const* z, const T* const* scale, int64_t size,
+                int64_t repetition) {
+  for (int64_t begin = 0; begin < size; begin += repetition) {
+    const int64_t length = std::min(repetition, size - begin);
+    T* __restrict out = total + begin;
+    const T* __restrict z0 = z[0] + begin;
+    const T* __restrict z1 = count > 1 ? z[1] + begin : nullptr;
+    const T* __restrict z2 = count > 2 ? z[2] + begin : nullptr;
+    const T* __restrict z3 = count > 3 ? z[3] + begin : nullptr;
+    const T* __restrict a0 = scale[0];
+    const T* __restrict a1 = count > 1 ? scale[1] : nullptr;
+    const T* __restrict a2 = count > 2 ? scale[2] : nullptr;
+    const T* __restrict a3 = count > 3 ? scale[3] : nullptr;
+    for (int64_t i = 0; i < length; ++i) {
+      T sum = out[i] + pick<inner>(a0, i) * z0[i];
+      if constexpr (count > 1) sum += pick<inner>(a1, i) * z1[i];
+      if constexpr (count > 2) sum += pick<inner>(a2, i) * z2[i];
+      if constexpr (count > 3) sum += pick<inner>(a3, i) * z3[i];
+      out[i] = sum;
+    }
+  }
+}
+
+template <typename T, bool inner>
+void accumulate_all(T* total, const std::vector<const T*>& z, const std::vector<const T*>& scale,
+                    int64_t size, int64_t period) {
+  const int64_t repetition = inner ? period : size;
+  size_t k = 0;
+  for (; k + 4 <= z.size(); k += 4) {
+    accumulate<T, 4, inner>(total, &z[k], &scale[k], size, repetition);
+  }
+  const size_t rest = z.size() - k;
+  if (rest == 3) accumulate<T, 3, inner>(total, &z[k], &scale[k], size, repetition);
+  if (rest == 2) accumulate<T, 2, inner>(total, &z[k], &scale[k], size, repetition);
+  if (rest == 1) accumulate<T, 1, inner>(total, &z[k], &scale[k], size, repetition);
+}
+
+// total += factor (scale z + shift): the factor comes last, so that a large mean, which scale z and
+// shift have in common, does not show the rounding of a scaled factor.
+template <typename T, bool inner>
+void accumulate_dropped(T* __restrict total, const T* __restrict z, const T* __restrict scale,
+                        const T* __restrict shift, T factor, int64_t size, int64_t period) {
+  const int64_t repetition = inner ? period : size;
+  for (int64_t begin = 0; begin < size; begin += repetition) {
+    const int64_t length = std::min(repetition, size - begin);
+    for (int64_t i = 0; i < length; ++i) {
+      const T term = pick<inner>(scale, i) * z[begin + i] + pick<inner>(shift, i);
+      total[begin + i] += factor * term;
+    }
+  }
+}
+
+// The noise of one sample, packed [C, H, W]: sum_j f_j w_j N(0, 1).
+template <typename T>
+void draw_sample(const Drawn& drawn, const Runs& r, int64_t n, std::vector<float>& numbers,
+                 std::vector<T>& noise) {
+  const int64_t size = r.channels * r.pixels();
+  numbers.resize(size);
+  noise.assign(size, T(0));
+  for (int j = 0; j < drawn.count; ++j) {
+    const T factor = at<T>(drawn.factors, j * r.samples + n, T(1));
+    const T weight = static_cast<const T*>(drawn.weights)[j] * factor;
+    if (factor == T(0)) continue;
+    PhiloxStart start = drawn.start;
+    start.c1 = drawn.sites[j];
+    draw_normals<RDARTS_UNIT>(numbers.data(), n * size, size, start);
+    for (int64_t i = 0; i < size; ++i) noise[i] += weight * static_cast<T>(numbers[i]);
+  }
+}
+
+// Where there are no factors, the shifts of all inputs are added once.
+template <typename T, bool inner>
+class SampleSum {
+ public:
+  SampleSum(const NodeSum& a, const Runs& r)
+      : a_(a), r_(r), scales_(a.inputs * r.period), shifts_(a.inputs * r.period), z_(a.inputs),
+        scale_(a.inputs), factors_(a.inputs, T(1)) {
+    for (int k = 0; k < a.inputs; ++k) {
+      readers_.emplace_back(a.z[k], r);
+      scale_[k] = &scales_[k * r.period];
+    }
+  }
+
+  // Takes the coefficients of a run of a sample.
+  void start(int64_t n, int64_t run) {
+    n_ = n, run_ = run;
+    for (int k = 0; k < a_.inputs; ++k) {
+      const int64_t row = k * r_.channels;
+      factors_[k] = at<T>(a_.factors, k * r_.samples + n, T(1));
+      spread(r_, run, &scales_[k * r_.period],
+             [&](int64_t c) { return static_cast<const T*>(a_.scale)[row + c]; });
+      spread(r_, run, &shifts_[k * r_.period],
+             [&](int64_t c) { return at<T>(a_.shift, row + c, T(0)); });
+    }
+    if (a_.factors) return;
+    const int64_t size = inner ? r_.period : 1;
+    for (int k = 1; k < a_.inputs; ++k) {
+      for (int64_t i = 0; i < size; ++i) shifts_[i] += shifts_[k * r_.period + i];
+    }
+  }
+
+  // Fills sum with elements [begin, begin + size) of the run.
+  void tile(T* sum, int64_t begin, int64_t size) {
+    if (a_.factors) {
+      std::fill_n(sum, size, T(0));
+      for (int k = 0; k < a_.inputs; ++k) {
+        if (factors_[k] == T(0)) continue;
+        accumulate_dropped<T, inner>(sum, readers_[k].tile(n_, run_, begin, size), scale_[k],
+                                     &shifts_[k * r_.period], factors_[k], size, r_.period);
+      }
+      return;
+    }
+    for (int64_t i = 0; inner && i < size; i += r_.period) {
+      std::copy_n(shifts_.data(), std::min(r_.period, size - i), sum + i);
+    }
+    if (!inner) std::fill_n(sum, size, shifts_[0]);
+    for (int k = 0; k < a_.inputs; ++k) z_[k] = readers_[k].tile(n_, run_, begin, size);
+    accumulate_all<T, inner>(sum, z_, scale_, size, r_.period);
+  }
+
+ private:
+  const NodeSum& a_;
+  const Runs& r_;
+  std::vector<Reader<T>> readers_;
+  std::vector<T> scales_, shifts_;  // a pattern an input
+  std::vector<const T*> z_, scale_;
+  std::vector<T> factors_;
+  int64_t n_ = 0, run_ = 0;
+};
+
+template <typename T, bool inner>
+void sum_samples(const NodeSum& a, const Runs& r, int64_t from, int64_t to) {
+  SampleSum<T, inner> terms(a, r);
+  Writer<T> writer(a.out, r);
+  std::vector<T> noise, tile(r.tile);
+  std::vector<float> numbers;
+  Array drawn = a.out;  // the noise of a sample as a packed tensor
+  drawn.strides[0] = 0, drawn.strides[1] = r.pixels();
+  drawn.strides[2] = r.width, drawn.strides[3] = 1;
+  for (int64_t n = from; n < to; ++n) {
+    if (a.drawn.count > 0) draw_sample(a.drawn, r, n, numbers, noise);
+    drawn.data = noise.data();
+    Reader<T> noise_reader(drawn, r);
+    for (int64_t run = 0; run < r.count; ++run) {
+      terms.start(n, run);
+      for_tiles(r, [&](int64_t begin, int64_t size) {
+        T* const sum = tile.data();
+        terms.tile(sum, begin, size);
+        if (a.drawn.count > 0) {
+          const T* more = noise_reader.tile(n, run, begin, size);
+          for (int64_t i = 0; i < size; ++i) sum[i] += more[i];
+        }
+        std::copy_n(sum, size, writer.tile(n, run, begin));
+        writer.done(n, run, begin, size);
+      });
+    }
+  }
+}
+
+// out = by_g g + by_z z + constant on one tile; a null tensor is absent.
+template <typename T, bool inner>
+void affine_tile(T* __restrict out, const T* __restrict g, const T* __restrict z,
+                 const T* __restrict by_g, const T* __restrict by_z, const T* __restrict constant,
+                 int64_t size, int64_t period) {
+  const int64_t repetition = inner ? period : size;
+  for (int64_t begin = 0; begin < size; begin += repetition) {
+    const int64_t length = std::min(repetition, size - begin);
+    for (int64_t i = 0; g && z && i < length; ++i) {
+      const T rest = pick<inner>(by_z, i) * z[begin + i] + pick<inner>(constant, i);
+      out[begin + i] = pick<inner>(by_g, i) * g[begin + i] + rest;
+    }
+    for (int64_t i = 0; g && !z && i < length; ++i) {
+      out[begin + i] = pick<inner>(by_g, i) * g[begin + i] + pick<inner>(constant, i);
+    }
+    for (int64_t i = 0; !g && i < length; ++i) {
+      out[begin + i] = pick<inner>(by_z, i) * z[begin + i] + pick<inner>(constant, i);
+    }
+  }
+}
+
+template <typename T>
+void affine_samples(const Affine& a, const Runs& r, int64_t from, int64_t to) {
+  const int64_t all = a.inputs * r.period;
+  std::vector<T> by_g(all), by_z(all), constant(all);
+  std::vector<Reader<T>> z;
+  std::vector<Writer<T>> out;
+  for (int k = 0; k < a.inputs; ++k) {
+    z.emplace_back(a.z[k].data ? a.z[k] : a.out[k], r);
+    out.emplace_back(a.out[k], r);
+  }
+  Reader<T> g(a.g, r);
+  for (int64_t n = from; n < to; ++n) {
+    for (int64_t run = 0; run < r.count; ++run) {
+      for (int k = 0; k < a.inputs; ++k) {
+        const T factor = at<T>(a.factors, k * r.samples + n, T(1));
+        const int64_t row = k * r.channels;
+        spread(r, run, &by_g[k * r.period],
+               [&](int64_t c) { return factor * at<T>(a.by_g, row + c, T(0)); });
+        spread(r, run, &by_z[k * r.period],
+               [&](int64_t c) { return at<T>(a.by_z, row + c, T(0)); });
+        spread(r, run, &constant[k * r.period],
+               [&](int64_t c) { return at<T>(a.constant, row + c, T(0)); });
+      }
+      for_tiles(r, [&](int64_t begin, int64_t size) {
+        const T* gradient = a.g.data ? g.tile(n, run, begin, size) : nullptr;
+        for (int k = 0; k < a.inputs; ++k) {
+          if (!a.out[k].data) continue;
+          const bool reads = a.z[k].data && a.by_z;
+          const T* input = reads ? z[k].tile(n, run, begin, size) : nullptr;
+          const int64_t row = k * r.period;
+          T* const result = out[k].tile(n, run, begin);
+          const auto map = r.inner ? affine_tile<T, true> : affine_tile<T, false>;
+          map(result, gradient, input, &by_g[row], &by_z[row], &constant[row], size, r.period);
+          out[k].done(n, run, begin, size);
+        }
+      });
+    }
+  }
+}
+
+}  // namespace
+
+template <>
+void node_sum<RDARTS_UNIT>(const NodeSum& a, int threads) {
+  if (is_empty(a.out)) return;
+  const Runs r = runs_of(a.out);
+  parallel_for(r.samples, 1, threads, [&](int64_t from, int64_t to) {
+    const bool wide = a.out.dtype == DType::kFloat64;
+    if (wide && r.inner) sum_samples<double, true>(a, r, from, to);
+    if (wide && !r.inner) sum_samples<double, false>(a, r, from, to);
+    if (!wide && r.inner) sum_samples<float, true>(a, r, from, to);
+    if (!wide && !r.inner) sum_samples<float, false>(a, r, from, to);
+  });
+}
+
+template <>
+void affine<RDARTS_UNIT>(const Affine& a, int threads) {
+  if (is_empty(a.out[0])) return;
+  const Array* like = a.out;
+  while (!like->data) ++like;  // one output at least is wanted
+  const Runs r = runs_of(*like);
+  parallel_for(r.samples, 1, threads, [&](int64_t from, int64_t to) {
+    if (like->dtype == DType::kFloat64) affine_samples<double>(a, r, from, to);
+    else affine_samples<float>(a, r, from, to);
+  });
+}
+
+}  // namespace rdarts

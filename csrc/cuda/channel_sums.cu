@@ -1,0 +1,419 @@
+// Sums per channel, about a pivot, and what a batch norm makes of them:
+//   channel_sums   sum (z_k - pivot),  sum (z_k - pivot)^2
+//   node_sum_dq    sum f g (z_k - pivot),  sum f g,  sum f_j g N(0, 1)
+// A thread adds up to kRun numbers in the coefficients' type, a block its threads' sums in float64;
+// a second launch adds the blocks' sums in a fixed order. How the work is split depends on the
+// shapes and strides alone.
+#include <algorithm>
+
+#include "launch.h"
+#include "launchers.h"
+#include "normalization.h"
+#include "tile.h"
+
+namespace rdarts {
+namespace {
+
+constexpr unsigned kThreads = 256;  // one block a multiprocessor will do: nvcc spilled to fit more
+constexpr int kMostColumns = 16;
+constexpr int64_t kRun = 32;
+
+// A block sums a few channels. Its threads stand in columns and rows: a column has the channels of
+// a tile, its rows take turns at the positions, which several blocks may share.
+struct Split {
+  int columns, rows;
+  int64_t groups;     // of columns
+  int64_t positions;  // tiles of one column
+  int64_t parts;      // blocks that share them
+};
+
+template <typename Tile>
+Split split_of(const Walk& walk) {
+  const int64_t deep = walk.channels / Tile::kChannels;
+  Split s;
+  s.groups = Tile::kInner ? (deep + kMostColumns - 1) / kMostColumns : deep;
+  s.columns = Tile::kInner && deep > 0 ? static_cast<int>((deep + s.groups - 1) / s.groups) : 1;
+  s.rows = static_cast<int>(kThreads) / s.columns;
+  s.positions = walk.samples * walk.rows * across_of<Tile>(walk);
+  s.parts = std::max<int64_t>(1, (s.positions + s.rows * kRun - 1) / (s.rows * kRun));
+  return s;
+}
+
+// What a thread of the block sums.
+template <typename Tile>
+struct Share {
+  int column, row;
+  int64_t part, channel;
+  bool active;
+
+  __device__ Share(const Split& s, const Walk& walk)
+      : column(static_cast<int>(threadIdx.x) % s.columns),
+        row(static_cast<int>(threadIdx.x) / s.columns),
+        part(blockIdx.x % s.parts),
+        channel((blockIdx.x / s.parts * s.columns + column) * Tile::kChannels),
+        active(row < s.rows && channel < walk.channels) {}
+
+  // Its positions are begin, begin + rows, ... before end.
+  template <typename Index>
+  __device__ Index begin(const Split& s) const {
+    return static_cast<Index>(part * s.rows * kRun + row);
+  }
+  template <typename Index>
+  __device__ Index end(const Split& s) const {
+    return static_cast<Index>(min((part + 1) * s.rows * kRun, s.positions));
+  }
+};
+
+// Adds each of the values over the rows of every column; row 0 has the sums. All threads call it.
+template <int count>
+__device__ __forceinline__ void add_rows(double (&values)[count], const Split& s,
+                                         Shared<double, count * kThreads>& shared) {
+  const int thread = static_cast<int>(threadIdx.x), row = thread / s.columns;
+  __syncthreads();  // what was there before has been read
+#pragma unroll
+  for (int i = 0; i < count; ++i) shared[i * kThreads + thread] = values[i];
+  __syncthreads();
+  for (int rows = s.rows; rows > 1; rows = (rows + 1) / 2) {
+    const int half = (rows + 1) / 2;
+    if (row + half < rows) {
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        values[i] += shared[i * kThreads + thread + half * s.columns];
+        shared[i * kThreads + thread] = values[i];
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// The lanes of a vector of pixels are one channel's.
+template <typename Tile>
+constexpr int kSums = Tile::kInner ? Tile::kLanes : 1;
+
+template <typename Tile, typename Sum>
+__device__ __forceinline__ void accumulate(Sum (&sums)[kSums<Tile>],
+                                           const Sum (&values)[Tile::kLanes]) {
+  if constexpr (Tile::kInner) {
+#pragma unroll
+    for (int i = 0; i < Tile::kLanes; ++i) sums[i] += values[i];
+  } else {
+    Sum sum = values[0];
+#pragma unroll
+    for (int i = 1; i < Tile::kLanes; ++i) sum += values[i];
+    sums[0] += sum;
+  }
+}
+
+template <typename T>
+struct ChannelViews {
+  Walk walk;
+  Split split;
+  View<const T> z[kMostInputs];
+  Span<const double> pivot;  // [K, C] or null
+  Span<double> pivots;       // [K, C], filled where `pivot` is null
+  Span<double> partial;      // [2, K, C, parts]
+};
+
+// One block per part of a group of channels of an input.
+template <typename Tile, typename Index, typename T = typename Tile::Type,
+          typename Sum = typename Tile::Sum>
+__global__ void __launch_bounds__(kThreads, 1)
+channel_sums_kernel(const __grid_constant__ ChannelViews<T> a) {
+  constexpr int count = kSums<Tile>;
+  __shared__ Shared<double, 2 * count * kThreads> shared;
+  const Walk& walk = a.walk;
+  const Split& split = a.split;
+  const Share<Tile> share(split, walk);
+  const int k = static_cast<int>(blockIdx.y);
+  const View<const T>& z = a.z[k];
+  const int64_t first = k * walk.channels + share.channel, plane = gridDim.y * walk.channels;
+  Sum pivot[count] = {}, sum[count] = {}, square[count] = {};
+  if (share.active) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      if (a.pivot.data) pivot[i] = static_cast<Sum>(a.pivot[first + i]);
+      else if (split.positions > 0) pivot[i] = z.memory[(share.channel + i) * z.steps.channel];
+      if (!a.pivot.data && share.part == 0 && share.row == 0) a.pivots[first + i] = pivot[i];
+    }
+    const Index end = share.template end<Index>(split);
+#pragma unroll 4
+    for (Index at = share.template begin<Index>(split); at < end; at += split.rows) {
+      Sum values[1][Tile::kLanes], squares[Tile::kLanes];
+      load<Tile>(z, spot_of<Tile>(at, share.channel, walk), walk, values);
+#pragma unroll
+      for (int i = 0; i < Tile::kLanes; ++i) {
+        values[0][i] -= pivot[Tile::kInner ? i : 0];
+        squares[i] = values[0][i] * values[0][i];
+      }
+      accumulate<Tile>(sum, values[0]);
+      accumulate<Tile>(square, squares);
+    }
+  }
+  double sums[2 * count];
+#pragma unroll
+  for (int i = 0; i < count; ++i) sums[i] = sum[i], sums[count + i] = square[i];
+  add_rows(sums, split, shared);
+  if (!share.active || share.row > 0) return;
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    a.partial[(first + i) * split.parts + share.part] = sums[i];
+    a.partial[(plane + first + i) * split.parts + share.part] = sums[count + i];
+  }
+}
+
+template <typename T, typename Sum>
+struct ProductViews {
+  Walk walk;
+  Split split;
+  View<const T> g;
+  View<const T> z[kMostInputs];
+  int inputs;
+  Span<const double> pivot;  // [K, C] or null
+  Span<const Sum> factors;   // [K, N] or null
+  Span<double> partial;      // [2, K, C, parts]
+};
+
+// Inputs that a block sums at once, so that g is read as rarely as registers allow.
+template <typename Tile>
+constexpr int kTogether = Tile::kLanes == 8 ? 2 : 4;
+
+// One block per part of a group of channels of a few inputs.
+template <typename Tile, typename Index, typename T = typename Tile::Type,
+          typename Sum = typename Tile::Sum>
+__global__ void __launch_bounds__(kThreads, 1)
+node_sum_dq_kernel(const __grid_constant__ ProductViews<T, Sum> a) {
+  constexpr int count = kSums<Tile>, together = kTogether<Tile>;
+  __shared__ Shared<double, 2 * count * kThreads> shared;
+  const Walk& walk = a.walk;
+  const Split& split = a.split;
+  const Share<Tile> share(split, walk);
+  const int k = static_cast<int>(blockIdx.y) * together;
+  Sum pivot[together][count] = {}, product[together][count] = {}, plain[together][count] = {};
+  if (share.active) {
+#pragma unroll
+    for (int i = 0; i < together; ++i) {
+#pragma unroll
+      for (int c = 0; c < count; ++c) {
+        if (!a.pivot.data || k + i >= a.inputs) continue;
+        pivot[i][c] = static_cast<Sum>(a.pivot[(k + i) * walk.channels + share.channel + c]);
+      }
+    }
+    const Index end = share.template end<Index>(split);
+    for (Index at = share.template begin<Index>(split); at < end; at += split.rows) {
+      const Spot spot = spot_of<Tile>(at, share.channel, walk);
+      Sum g[1][Tile::kLanes];
+      load<Tile>(a.g, spot, walk, g);
+#pragma unroll
+      for (int i = 0; i < together; ++i) {
+        if (k + i >= a.inputs) continue;
+        Sum z[1][Tile::kLanes], weighted[Tile::kLanes];
+        load<Tile>(a.z[k + i], spot, walk, z);
+        const Sum factor = value_or(a.factors, (k + i) * walk.samples + spot.sample, Sum(1));
+#pragma unroll
+        for (int c = 0; c < Tile::kLanes; ++c) {
+          weighted[c] = factor * g[0][c];
+          z[0][c] = weighted[c] * (z[0][c] - pivot[i][Tile::kInner ? c : 0]);
+        }
+        accumulate<Tile>(product[i], z[0]);
+        accumulate<Tile>(plain[i], weighted);
+      }
+    }
+  }
+  const int64_t plane = a.inputs * walk.channels;
+#pragma unroll
+  for (int i = 0; i < together; ++i) {
+    if (k + i >= a.inputs) continue;
+    double sums[2 * count];
+#pragma unroll
+    for (int c = 0; c < count; ++c) sums[c] = product[i][c], sums[count + c] = plain[i][c];
+    add_rows(sums, split, shared);
+    if (!share.active || share.row > 0) continue;
+    const int64_t first = (k + i) * walk.channels + share.channel;
+#pragma unroll
+    for (int c = 0; c < count; ++c) {
+      a.partial[(first + c) * split.parts + share.part] = sums[c];
+      a.partial[(plane + first + c) * split.parts + share.part] = sums[count + c];
+    }
+  }
+}
+
+constexpr unsigned kTiles = 4;  // a thread
+
+int64_t drawn_parts(int64_t tiles) {
+  return std::max<int64_t>(1, (tiles + kThreads * kTiles - 1) / (kThreads * kTiles));
+}
+
+// One block per part of the tiles of a site.
+template <typename Tile, typename Index, typename T = typename Tile::Type,
+          typename Sum = typename Tile::Sum>
+__global__ void __launch_bounds__(kThreads, 1)
+drawn_sums_kernel(View<const T> g, const Walk walk, Index tiles,
+                  const __grid_constant__ Sites<Sum> drawn, Span<double> partial /* [J, parts] */) {
+  __shared__ Shared<double, kThreads> shared;
+  const int j = static_cast<int>(blockIdx.y);
+  const PhiloxStart start = drawn.start_of(j);
+  const Index first = static_cast<Index>(blockIdx.x) * kTiles * kThreads + threadIdx.x;
+  Sum sum = 0;
+  for (unsigned i = 0; i < kTiles; ++i) {
+    if (first + i * kThreads >= tiles) continue;
+    const Spot spot = spot_of<Tile>(first + i * kThreads, walk);
+    const Sum factor = value_or(drawn.factors, j * walk.samples + spot.sample, Sum(1));
+    if (factor == Sum(0)) continue;
+    Sum values[Tile::kRows][Tile::kLanes], product = 0;
+    load<Tile>(g, spot, walk, values);
+    draw<Tile>(index_of(spot, walk), walk, start, [&](int row, int lane, float number) {
+      product += values[row][lane] * static_cast<Sum>(number);
+    });
+    sum += factor * product;
+  }
+  double sums[1] = {sum};
+  add_rows(sums, Split{1, kThreads, 0, 0, 0}, shared);
+  if (threadIdx.x == 0) partial[static_cast<int64_t>(j) * gridDim.x + blockIdx.x] = sums[0];
+}
+
+// sums[i] = sum of partial[i, .], one warp each.
+__global__ void __launch_bounds__(kThreads, 1)
+combine_kernel(Span<const double> partial, int64_t parts, Span<double> sums) {
+  const int lane = static_cast<int>(threadIdx.x) % warpSize;
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / warpSize;
+  if (i >= sums.size) return;
+  double sum = 0;
+  for (int64_t part = lane; part < parts; part += warpSize) sum += partial[i * parts + part];
+  for (int step = warpSize / 2; step > 0; step /= 2) sum += __shfl_down_sync(~0u, sum, step);
+  if (lane == 0) sums[i] = sum;
+}
+
+// Where the blocks' sums go; a single part is the sum itself.
+Span<double> partial_of(double* sums, double* workspace, int64_t size, int64_t parts) {
+  return {parts == 1 ? sums : workspace, size * parts};
+}
+
+void combine(const char* name, const Span<double>& partial, int64_t parts, double* sums,
+             const Place& place) {
+  if (parts == 1) return;
+  const int64_t size = partial.size / parts;
+  launch(name, combine_kernel, grid_of(32 * size, kThreads), place,
+         Span<const double>{partial.data, partial.size}, parts, Span<double>{sums, size});
+}
+
+template <typename Tile>
+void drawn_sums(const NodeSumDq& a, const Walk& walk, double* workspace, const Place& place) {
+  using T = typename Tile::Type;
+  const int64_t tiles = tiles_of<Tile>(walk), parts = drawn_parts(tiles);
+  const Span<double> partial = partial_of(a.drawn_sums, workspace, a.drawn.count, parts);
+  const dim3 blocks(static_cast<unsigned>(parts), static_cast<unsigned>(a.drawn.count));
+  const auto start = [&](auto kernel) {
+    launch("node_sum_dq", kernel, Grid{blocks, kThreads}, place, view_of<const T>(a.g, walk), walk,
+           tiles, sites_of<typename Tile::Sum>(a.drawn, walk.samples), partial);
+  };
+  if (tiles <= kMost32) start(drawn_sums_kernel<Tile, uint32_t>);
+  else start(drawn_sums_kernel<Tile, uint64_t>);
+  combine("node_sum_dq", partial, parts, a.drawn_sums, place);
+}
+
+// One thread per channel of an input.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+normalize_kernel(const __grid_constant__ Normalization a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= a.inputs * a.channels) return;
+  normalize_channel<T>(a, static_cast<int>(i / a.channels), i % a.channels);
+}
+
+// One block per input.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+normalize_backward_kernel(const __grid_constant__ NormalizationBackward a) {
+  __shared__ Shared<double, kThreads> shared;
+  const int k = static_cast<int>(blockIdx.x);
+  double sums[1] = {0};
+  for (int64_t c = threadIdx.x; c < a.channels; c += kThreads) {
+    sums[0] += normalize_channel_backward<T>(a, k, c);
+  }
+  add_rows(sums, Split{1, kThreads, 0, 0, 0}, shared);
+  if (threadIdx.x == 0) a.dweights[k] = sums[0];
+}
+
+}  // namespace
+
+namespace cuda {
+
+// The most that any tile needs: rows are 16 or more, tiles no more than elements.
+int64_t workspace(const int64_t* shape, int inputs, int sites) {
+  const int64_t positions = shape[0] * shape[2] * shape[3], channels = shape[1];
+  const int64_t least = static_cast<int64_t>(kThreads) / kMostColumns * kRun;
+  return 2 * inputs * channels * ((positions + least - 1) / least) +
+         sites * drawn_parts(positions * channels);
+}
+
+void channel_sums(const ChannelSums& a, const Place& place) {
+  const Layout layout = layout_of({a.z, a.z + a.inputs});
+  on_tile<1>(a.z[0].dtype, layout, [&](auto tile) {
+    using Tile = decltype(tile);
+    using T = typename Tile::Type;
+    const int64_t plane = a.inputs * layout.walk.channels;
+    ChannelViews<T> views = {};
+    views.walk = layout.walk, views.split = split_of<Tile>(layout.walk);
+    for (int k = 0; k < a.inputs; ++k) views.z[k] = view_of<const T>(a.z[k], layout.walk);
+    views.pivot = coefficients<double>(a.pivot, plane);
+    views.pivots = {a.pivot ? nullptr : a.sums + 2 * plane, a.pivot ? 0 : plane};
+    const Split& split = views.split;
+    views.partial = partial_of(a.sums, a.workspace, 2 * plane, split.parts);
+    const dim3 blocks(static_cast<unsigned>(split.groups * split.parts),
+                      static_cast<unsigned>(a.inputs));
+    const auto kernel = split.positions <= kMost32 ? channel_sums_kernel<Tile, uint32_t>
+                                                   : channel_sums_kernel<Tile, uint64_t>;
+    launch("channel_sums", kernel, Grid{blocks, kThreads}, place, views);
+    combine("channel_sums", views.partial, split.parts, a.sums, place);
+  });
+}
+
+void node_sum_dq(const NodeSumDq& a, const Place& place) {
+  std::vector<Array> tensors(a.z, a.z + a.inputs);
+  tensors.push_back(a.g);
+  const Layout layout = layout_of(tensors);
+  const Walk& walk = layout.walk;
+  int64_t used = 0;
+  on_tile<1>(a.g.dtype, layout, [&](auto tile) {
+    using Tile = decltype(tile);
+    using T = typename Tile::Type;
+    using Sum = typename Tile::Sum;
+    const int64_t plane = a.inputs * walk.channels;
+    ProductViews<T, Sum> views = {};
+    views.walk = walk, views.split = split_of<Tile>(walk), views.inputs = a.inputs;
+    views.g = view_of<const T>(a.g, walk);
+    for (int k = 0; k < a.inputs; ++k) views.z[k] = view_of<const T>(a.z[k], walk);
+    views.pivot = coefficients<double>(a.pivot, plane);
+    views.factors = coefficients<Sum>(a.factors, a.inputs * walk.samples);
+    const Split& split = views.split;
+    views.partial = partial_of(a.sums, a.workspace, 2 * plane, split.parts);
+    used = split.parts == 1 ? 0 : views.partial.size;
+    const int together = kTogether<Tile>;
+    const dim3 blocks(static_cast<unsigned>(split.groups * split.parts),
+                      static_cast<unsigned>((a.inputs + together - 1) / together));
+    const auto kernel = split.positions <= kMost32 ? node_sum_dq_kernel<Tile, uint32_t>
+                                                   : node_sum_dq_kernel<Tile, uint64_t>;
+    launch("node_sum_dq", kernel, Grid{blocks, kThreads}, place, views);
+    combine("node_sum_dq", views.partial, split.parts, a.sums, place);
+  });
+  if (a.drawn.count == 0) return;
+  const Layout drawn = layout_of({a.g}, true);
+  on_tile<4>(a.g.dtype, drawn, [&](auto tile) {
+    drawn_sums<decltype(tile)>(a, drawn.walk, a.workspace + used, place);
+  });
+}
+
+void normalize(const Normalization& a, const Place& place) {
+  const auto kernel =
+      a.dtype == DType::kFloat64 ? normalize_kernel<double> : normalize_kernel<float>;
+  launch("normalize", kernel, grid_of(a.inputs * a.channels, kThreads), place, a);
+}
+
+void normalize_backward(const NormalizationBackward& a, const Place& place) {
+  const auto kernel = a.dtype == DType::kFloat64 ? normalize_backward_kernel<double>
+                                                 : normalize_backward_kernel<float>;
+  launch("normalize_backward", kernel, Grid{a.inputs, kThreads}, place, a);
+}
+
+}  // namespace cuda
+}  // namespace rdarts

@@ -1,0 +1,66 @@
+// The arithmetic of a batch norm on one channel of one input, the same on every device.
+#pragma once
+
+#include <cmath>
+
+#include "body.h"
+#include "node_sum.h"
+
+namespace rdarts {
+
+// Fills the statistics, the running buffers and the coefficients at (k, c).
+template <typename T>
+RDARTS_BODY void normalize_channel(const Normalization& a, int k, int64_t c) {
+  const int64_t i = k * a.channels + c, all = a.inputs * a.channels;
+  const double weight = static_cast<const T*>(a.weights)[k];
+  double mean = 0, rstd = 1;
+  if (a.row[k] >= 0) {
+    T* const running_mean = static_cast<T*>(a.running_mean[k]);
+    T* const running_var = static_cast<T*>(a.running_var[k]);
+    double var;
+    if (a.training) {
+      const int64_t at = a.row[k] * a.channels + c, plane = a.rows * a.channels;
+      const double offset = a.sums[at] / a.count;
+      mean = a.sums[2 * plane + at] + offset;
+      var = a.sums[plane + at] / a.count - offset * offset;
+      if (var < 0) var = 0;
+      if (running_mean) {
+        const double old = 1 - a.momentum, unbiased = var * (a.count / (a.count - 1));
+        running_mean[c] = static_cast<T>(a.momentum * mean + old * running_mean[c]);
+        running_var[c] = static_cast<T>(a.momentum * unbiased + old * running_var[c]);
+      }
+    } else {
+      mean = running_mean[c];
+      var = running_var[c];
+    }
+    rstd = 1 / std::sqrt(var + a.eps);
+  }
+  a.statistics[i] = mean;
+  a.statistics[all + i] = rstd;
+  // The shift belongs to the rounded scale, so that a large mean does not show its rounding.
+  const T scale = static_cast<T>(weight * rstd);
+  static_cast<T*>(a.scale)[i] = scale;
+  static_cast<T*>(a.shift)[i] = static_cast<T>(-scale * mean);
+}
+
+// Fills the coefficients of the backward at (k, c) and returns the channel's part of dweights[k].
+template <typename T>
+RDARTS_BODY double normalize_channel_backward(const NormalizationBackward& a, int k, int64_t c) {
+  const int64_t i = k * a.channels + c, all = a.inputs * a.channels;
+  const double mean = a.statistics[i], rstd = a.statistics[all + i];
+  const double weight = static_cast<const T*>(a.weights)[k];
+  const double pivot = static_cast<T>(mean), sum_g = a.sums[all + i];
+  const double along = rstd * (a.sums[i] + (pivot - mean) * sum_g);  // sum f g z^
+  const double by_g = weight * rstd;
+  T by_z = 0, constant = 0;
+  if (a.training && (a.normalised >> k & 1)) {
+    by_z = static_cast<T>(-by_g * rstd * along / a.count);
+    constant = static_cast<T>(-by_g * sum_g / a.count - by_z * mean);
+  }
+  static_cast<T*>(a.by_g)[i] = static_cast<T>(by_g);
+  static_cast<T*>(a.by_z)[i] = by_z;
+  static_cast<T*>(a.constant)[i] = constant;
+  return along;
+}
+
+}  // namespace rdarts

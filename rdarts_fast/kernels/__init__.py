@@ -1,0 +1,15 @@
+"""The fused kernels: each a public function, its plain torch twin and its derivatives."""
+
+from rdarts_fast.kernels.channel_sums import channel_affine, channel_sums
+from rdarts_fast.kernels.node_sum import Noise, node_sum, node_sum_dq, node_sum_dz
+from rdarts_fast.kernels.normalized_sum import normalized_sum
+
+__all__ = [
+    "Noise",
+    "channel_affine",
+    "channel_sums",
+    "node_sum",
+    "node_sum_dq",
+    "node_sum_dz",
+    "normalized_sum",
+]

@@ -1,0 +1,140 @@
+"""How tensors reach the native kernels: checked, then as one flat list of addresses and strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rdarts_fast import native
+
+MOST_INPUTS = 64
+DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+}  # the codes of csrc/include/array.h
+
+
+def coefficient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what sums and coefficients are held in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_inputs(z: Sequence[Tensor], name: str = "z") -> None:
+    """Raise TypeError or ValueError unless `z` holds 1 to 64 alike tensors [N, C, H, W]."""
+    if isinstance(z, Tensor) or not isinstance(z, Sequence):
+        raise TypeError(f"{name}: expected a list of tensors, got {type(z).__name__}")
+    if not 1 <= len(z) <= MOST_INPUTS:
+        raise ValueError(f"{name}: expected 1 to {MOST_INPUTS} tensors, got {len(z)}")
+    check_images(z[0], f"{name}[0]")
+    first = z[0]
+    shape, dtype, device = first.shape, first.dtype, first.device
+    for k, tensor in enumerate(z):
+        if not isinstance(tensor, Tensor) or (
+            tensor.shape != shape or tensor.dtype != dtype or tensor.device != device
+        ):
+            check_alike(tensor, f"{name}[{k}]", first, f"{name}[0]")
+
+
+def check_images(x: Tensor, name: str) -> None:
+    """Raise TypeError or ValueError unless `x` is [N, C, H, W] of a type that has kernels."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected dtype float32, float64 or bfloat16, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {x.layout}")
+    if x.device.type not in ("cpu", "meta") and not native.runs_on(x.device):
+        raise ValueError(
+            f"{name}: expected a CPU tensor, got one on {x.device}: this build has no kernels "
+            "for it; a CUDA build comes from `pip install .` where nvcc is found"
+        )
+
+
+def check_alike(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    """Raise TypeError or ValueError unless `x` has the shape, dtype and device of `other`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.shape != other.shape:
+        expected = f"{tuple(other.shape)} as {other_name}"
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(x.shape)}")
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: expected dtype {other.dtype} as {other_name}, got {x.dtype}")
+    if x.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} as {other_name}, got {x.device}")
+
+
+def check_coefficients(
+    x: Tensor | None, name: str, axes: str, shape: tuple[int, ...], images: Tensor
+) -> None:
+    """Raise TypeError or ValueError unless `x` is None or has `shape`, the coefficients' dtype of
+    `images` and their device. `axes` names the shape, as "[K, C]".
+    """
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {axes}, got {type(x).__name__}")
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected shape {axes} = {shape}, got {tuple(x.shape)}")
+    dtype = coefficient_dtype(images.dtype)
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype} for {images.dtype} images, got {x.dtype}")
+    if x.device != images.device:
+        raise ValueError(f"{name}: expected device {images.device}, got {x.device}")
+
+
+def check_constant(x: Tensor | None, name: str) -> None:
+    """Raise ValueError where `x`, which gets no gradient, asks for one."""
+    if x is not None and x.requires_grad:
+        raise ValueError(f"{name}: expected a constant, got a tensor that requires a gradient")
+
+
+def memory_format(z: Sequence[Tensor]) -> torch.memory_format:
+    """Return channels_last where most of the tensors hold their channels innermost."""
+    inner = 0
+    for tensor in z:
+        inner += tensor.stride(1) == 1 and tensor.shape[1] > 1
+    return torch.channels_last if 2 * inner > len(z) else torch.contiguous_format
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Return a dense uninitialised tensor of x's shape, dtype and device, its channels innermost
+    where x's are.
+    """
+    return torch.empty_like(x, memory_format=memory_format((x,)))
+
+
+def empty_node(z: Sequence[Tensor]) -> Tensor:
+    """Return a dense uninitialised tensor like z[0], laid out as most of z are."""
+    return torch.empty_like(z[0], memory_format=memory_format(z))
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """Return x, packed in row-major order; None for None."""
+    return None if x is None else x.contiguous()
+
+
+def flat(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Return five numbers for each: its address and four strides; five zeros for None.
+
+    Raises ValueError for a lazily negated view, whose memory holds the opposite.
+    """
+    numbers: list[int] = []
+    for tensor in tensors:
+        if tensor is None:
+            numbers += (0, 0, 0, 0, 0)
+            continue
+        if tensor.is_neg():
+            raise ValueError("expected plain tensors, got a negated view: call resolve_neg() on it")
+        numbers.append(tensor.data_ptr())
+        numbers += tensor.stride()
+    return numbers
+
+
+def address(x: Tensor | None) -> int:
+    """Return where the contiguous `x` lies, 0 for None."""
+    return 0 if x is None else x.data_ptr()

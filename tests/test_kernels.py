@@ -1,0 +1,337 @@
+"""The node sum and the batch norms folded into it, against plain torch twins in float64."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rdarts_fast.draws import Draws
+from rdarts_fast.kernels import (
+    Noise,
+    channel_affine,
+    channel_sums,
+    node_sum,
+    node_sum_dq,
+    node_sum_dz,
+    normalized_sum,
+)
+from rdarts_fast.kernels.channel_sums import channel_affine_twin, channel_sums_twin
+from rdarts_fast.kernels.node_sum import node_sum_dq_twin, node_sum_dz_twin, node_sum_twin
+from rdarts_fast.kernels.normalized_sum import normalized_sum_twin
+from tests.conftest import device_of
+from tests.tolerances import assert_equal
+
+LAYOUTS = ["nchw", "nhwc", "sliced"]
+SHAPES = [(3, 16, 8, 8), (2, 7, 5, 9), (2, 1, 4, 4), (1, 70, 3, 2), (0, 4, 4, 4), (3, 2, 1, 1)]
+COEFFICIENTS = {torch.float64: torch.float64, torch.float32: torch.float32}
+
+
+def dtypes_of(backend: str) -> list[torch.dtype]:
+    """The CPU has no bfloat16 kernels; in CUDA it is a storage type."""
+    types = [torch.float64, torch.float32]
+    return types if backend.startswith("cpu") else [*types, torch.bfloat16]
+
+
+class Case:
+    """Inputs of one call, made in float64 and rounded to `dtype`."""
+
+    def __init__(self, shape, k: int, layout: str, dtype: torch.dtype, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.shape, self.k, self.layout, self.dtype = shape, k, layout, dtype
+        self.coefficients = torch.float64 if dtype == torch.float64 else torch.float32
+        self.z = [self.images() for _ in range(k)]
+        n, c = shape[:2]
+        self.scale, self.shift = self.coefficient(k, c), self.coefficient(k, c)
+        self.factors = (self.uniform(k, n) < 0.7).to(self.coefficients) / 0.7
+        self.weights = self.coefficient(k)
+        kept = (self.uniform(2, n) < 0.6).to(self.coefficients)
+        self.noise = Noise(Draws(5, step=3), (9, 70_000), self.coefficient(2), kept)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+
+    def coefficient(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(
+            self.coefficients
+        )
+
+    def images(self) -> Tensor:
+        n, c, h, w = self.shape
+        whole = torch.randn(n, c + 2, h + 1, w + 3, generator=self.generator, dtype=torch.float64)
+        x = whole.to(self.dtype)[:, 1 : c + 1, 1:, 2 : w + 2]
+        if self.layout == "sliced":
+            return x
+        nhwc = self.layout == "nhwc"
+        return x.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+
+    def exact(self, value):
+        """Return the same in float64, for a twin."""
+        if isinstance(value, Tensor):
+            return value.detach().double()
+        if isinstance(value, Noise):
+            return Noise(
+                value.draws, value.sites, self.exact(value.weights), self.exact(value.factors)
+            )
+        return None if value is None else [self.exact(x) for x in value]
+
+
+def cases(backend: str):
+    for shape, layout, dtype in itertools.product(SHAPES, LAYOUTS, dtypes_of(backend)):
+        for k in (1, 5):
+            yield Case(shape, k, layout, dtype)
+
+
+def test_node_sum_and_its_adjoints(backend: str) -> None:
+    for case in cases(backend):
+        on = Moved(case, backend)
+        for shift, factors, noise in itertools.product(
+            (None, on.shift), (None, on.factors), (None, on.noise)
+        ):
+            got = node_sum(on.z, on.scale, shift, factors, noise)
+            arguments = [case.exact(x) for x in (case.z, case.scale)]
+            rest = (
+                case.exact(case.shift) if shift is not None else None,
+                case.exact(case.factors) if factors is not None else None,
+                case.exact(case.noise) if noise is not None else None,
+            )
+            assert got.dtype == case.dtype
+            assert_equal(got.cpu(), node_sum_twin(*arguments, *rest), case.dtype)
+            g = on.z[0]
+            expected = node_sum_dq_twin(case.exact(case.z[0]), case.exact(case.z), *rest[1:])
+            for a, b in zip(node_sum_dq(g, on.z, factors, noise), expected, strict=True):
+                assert_equal(a.cpu(), b, case.coefficients, times=5)  # sums of many terms
+            expected = node_sum_dz_twin(case.exact(case.z[0]), case.exact(case.scale), rest[1])
+            for a, b in zip(node_sum_dz(g, on.scale, factors), expected, strict=True):
+                assert_equal(a.cpu(), b, case.dtype)
+
+
+class Moved:
+    """A case on the backend's device."""
+
+    def __init__(self, case: Case, backend: str) -> None:
+        device = device_of(backend)
+        self.z = [x.to(device) for x in case.z]
+        self.scale, self.shift, self.factors, self.weights = (
+            x.to(device) for x in (case.scale, case.shift, case.factors, case.weights)
+        )
+        n = case.noise
+        self.noise = Noise(n.draws, n.sites, n.weights.to(device), n.factors.to(device))
+
+
+def test_channel_sums_and_affine(backend: str) -> None:
+    for case in cases(backend):
+        on = Moved(case, backend)
+        for a, b in zip(
+            channel_sums(on.z, on.shift),
+            channel_sums_twin(case.exact(case.z), case.exact(case.shift)),
+            strict=True,
+        ):
+            assert_equal(a.cpu(), b, case.coefficients, times=5)
+        got = channel_affine(on.z, on.scale, on.shift)
+        expected = channel_affine_twin(*(case.exact(x) for x in (case.z, case.scale, case.shift)))
+        for a, b in zip(got, expected, strict=True):
+            assert_equal(a.cpu(), b, case.dtype)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_normalized_sum_is_torchs_batch_norms_and_weighted_sum(
+    backend: str, training: bool
+) -> None:
+    for case in cases(backend):
+        if case.dtype == torch.bfloat16 or case.shape == (3, 2, 1, 1):
+            continue  # held by the sums above; three values a channel multiply every rounding
+        flags = [i != 1 for i in range(case.k)]
+        if 0 in case.shape:
+            flags = [False] * case.k
+        on = Moved(case, backend)
+        c = case.shape[1]
+        start = torch.randn(c, generator=case.generator, dtype=torch.float64).to(case.coefficients)
+        running = [(start.clone().to(on.weights), start.square().to(on.weights)) for _ in case.z]
+        expected_running = [case.exact(pair) for pair in running]
+        z = [x.requires_grad_() for x in on.z]
+        weights, drawn = on.weights.requires_grad_(), on.noise.weights.requires_grad_()
+        got = normalized_sum(z, weights, flags, running, on.factors, on.noise, training=training)
+        exact = case.exact(case.noise)
+        inputs = [case.exact(case.weights), exact.weights, *case.exact(case.z)]
+        inputs = [x.requires_grad_() for x in inputs]
+        noise = Noise(exact.draws, exact.sites, inputs[1], exact.factors)
+        expected = normalized_sum_twin(
+            inputs[2:], inputs[0], flags, expected_running, case.exact(case.factors), noise,
+            training=training,
+        )  # fmt: skip
+        assert_equal(got.detach().cpu(), expected.detach(), case.dtype, times=5)
+        g = torch.randn(case.shape, generator=case.generator, dtype=torch.float64)
+        gradients = torch.autograd.grad(got, [weights, drawn, *z], g.to(got))
+        exact_gradients = torch.autograd.grad(expected, inputs, g.to(case.dtype).double())
+        for a, b in zip(gradients, exact_gradients, strict=True):
+            assert_equal(a.cpu(), b, case.dtype, times=20)  # a batch norm multiplies by 1 / std
+        for pair, exact_pair in zip(running, expected_running, strict=True):
+            for a, b in zip(pair, exact_pair, strict=True):
+                assert_equal(a.cpu(), b, case.coefficients, times=5)
+
+
+def test_first_and_second_derivatives(backend: str) -> None:
+    case = Case((2, 3, 2, 3), 3, "nhwc", torch.float64)
+    on = Moved(case, backend)
+    z = [x.requires_grad_() for x in on.z]
+    scale, shift = on.scale.requires_grad_(), on.shift.requires_grad_()
+    weights, drawn = on.weights.requires_grad_(), on.noise.weights.requires_grad_()
+
+    def summed(scale, shift, drawn, *z):
+        noise = Noise(on.noise.draws, on.noise.sites, drawn, on.noise.factors)
+        return node_sum(z, scale, shift, on.factors, noise)
+
+    def normalised(weights, drawn, *z):
+        noise = Noise(on.noise.draws, on.noise.sites, drawn, on.noise.factors)
+        return normalized_sum(z, weights, [True, False, True], None, on.factors, noise)
+
+    pivot = on.shift.detach()
+    functions = [
+        (summed, (scale, shift, drawn, *z)),
+        (normalised, (weights, drawn, *z)),
+        (lambda *z: channel_sums(z, pivot), z),
+        (lambda u, v, *z: tuple(channel_affine(z, u, v)), (scale, shift, *z)),
+        (lambda g, scale: tuple(node_sum_dz(g, scale, on.factors)), (z[0], scale)),
+        (lambda g, *z: node_sum_dq(g, z, on.factors, on.noise), (z[0], *z)),
+    ]
+    for function, inputs in functions:
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_statistics_of_hard_channels(backend: str, layout: str) -> None:
+    """A constant channel, a mean a thousand times the deviation, and a dead network."""
+    device = device_of(backend)
+    x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 3.0
+    x[:, 1] = x[:, 1] + 1e3
+    format_ = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    x = x.contiguous(memory_format=format_).to(device).requires_grad_()
+    weights = torch.ones(1, device=device)
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    out = normalized_sum([x], weights, [True], [(mean, var)], momentum=1.0)
+    exact = x.detach().cpu().double()
+    expected = torch.nn.functional.batch_norm(exact, None, None, training=True)
+    # 1 / sqrt(eps) times the rounding of the mean
+    assert out.detach()[:, 0].abs().max() < 1e-4
+    # The input itself is rounded at 1e3 x 6e-8: that much of a deviation is not to be had back.
+    assert (out.detach().cpu() - expected)[:, 1].abs().max() < 5e-4
+    assert (out.detach().cpu() - expected)[:, 2].abs().max() < 1e-5
+    torch.testing.assert_close(mean.cpu().double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(var.cpu().double(), exact.var((0, 2, 3)), rtol=1e-4, atol=1e-6)
+    (gradient,) = torch.autograd.grad(out.square().sum(), x)
+    assert gradient.isfinite().all()
+    dead = torch.zeros_like(x).requires_grad_()
+    out = normalized_sum([dead, dead], torch.ones(2, device=device), [True, True])
+    assert (out == 0).all()
+    assert torch.autograd.grad(out.sum(), dead)[0].isfinite().all()
+
+
+def test_the_same_bits_again_and_on_two_threads() -> None:
+    case = Case((5, 16, 8, 8), 4, "nhwc", torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            z = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in case.z]
+            weights = case.weights.clone().requires_grad_()
+            out = normalized_sum(z, weights, None, None, case.factors, case.noise)
+            results.append([out, *torch.autograd.grad(out.square().sum(), [weights, *z])])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_noise_is_what_the_draws_give(backend: str) -> None:
+    device = device_of(backend)
+    for shape, format_ in itertools.product(
+        [(2, 3, 4, 4), (1, 5, 3, 7)], [torch.contiguous_format, torch.channels_last]
+    ):
+        z = torch.zeros(shape, device=device).contiguous(memory_format=format_)
+        noise = Noise(Draws(8, branch=1, step=2, pass_index=3), (77,), torch.ones(1, device=device))
+        got = node_sum([z], torch.zeros(1, shape[1], device=device), None, None, noise)
+        drawn = Draws(8, branch=1, step=2, pass_index=3).normal(77, shape)
+        assert torch.equal(got.cpu(), drawn)
+
+
+def test_zero_strides_are_read_and_meta_tensors_give_shapes(backend: str) -> None:
+    device = device_of(backend)
+    z = torch.randn(1, 3, 1, 1, device=device).expand(2, 3, 4, 5)
+    got = node_sum([z], torch.ones(1, 3, device=device))
+    assert torch.equal(got, z.contiguous())
+    meta = torch.empty(2, 3, 4, 5, device="meta")
+    weights = torch.empty(1, device="meta")
+    assert normalized_sum([meta], weights, [True]).shape == (2, 3, 4, 5)
+    assert node_sum([meta], torch.empty(1, 3, device="meta")).device.type == "meta"
+
+
+Z = torch.zeros(2, 3, 4, 4)
+SCALE = torch.zeros(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: node_sum([], SCALE), ValueError, "z: expected 1 to 64 tensors, got 0"),
+        (lambda: node_sum([Z] * 65, SCALE), ValueError, "z: expected 1 to 64 tensors, got 65"),
+        (lambda: node_sum(Z, SCALE), TypeError, "z: expected a list of tensors, got Tensor"),
+        (lambda: node_sum([Z[0]], SCALE), ValueError, r"z\[0\]: expected 4 dimensions"),
+        (lambda: node_sum([Z.int()], SCALE), TypeError, r"z\[0\]: expected dtype float32"),
+        (lambda: node_sum([Z, Z.double()], SCALE), TypeError, r"z\[1\]: expected dtype"),
+        (lambda: node_sum([Z, Z[:, :2]], SCALE), ValueError, r"z\[1\]: expected shape"),
+        (lambda: node_sum([Z, Z.to("meta")], SCALE), ValueError, r"z\[1\]: expected device cpu"),
+        (lambda: node_sum([Z], SCALE[:, :2]), ValueError, r"scale: expected shape \[K, C\]"),
+        (lambda: node_sum([Z, Z], SCALE), ValueError, r"scale: expected shape \[K, C\] = \(2, 3\)"),
+        (lambda: node_sum([Z], SCALE.double()), TypeError, "scale: expected dtype"),
+        (lambda: node_sum([Z], SCALE, factors=torch.ones(1, 3)), ValueError, "factors: expected"),
+        (lambda: node_sum([Z.bfloat16()], SCALE), ValueError, "bfloat16"),
+        (lambda: normalized_sum([Z], torch.ones(2)), ValueError, r"weights: expected shape \[K\]"),
+        (lambda: normalized_sum([Z], torch.ones(1), [True, True]), ValueError, "normalised"),
+        (lambda: normalized_sum([Z[:0]], torch.ones(1)), ValueError, "batch statistics need 2"),
+        (lambda: normalized_sum([Z], torch.ones(1), training=False), ValueError, "running"),
+        (lambda: channel_sums([Z], torch.ones(2, 3)), ValueError, "pivot: expected shape"),
+    ],
+)
+def test_bad_input_names_the_argument(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_shape_stride_or_type_crashes_the_process(data) -> None:
+    def tensor() -> Tensor:
+        rank = data.draw(st.sampled_from([4, 4, 4, 3]))
+        shape = [data.draw(st.integers(0, 5)) for _ in range(rank)]
+        dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.int64]))
+        order = data.draw(st.permutations(range(rank)))
+        steps = [data.draw(st.integers(1, 3)) for _ in range(rank)]
+        whole = torch.ones(
+            [size * step for size, step in zip(shape, steps, strict=True)], dtype=dtype
+        )
+        return whole[tuple(slice(None, None, step) for step in steps)].permute(order)
+
+    z = [tensor() for _ in range(data.draw(st.integers(0, 3)))]
+    if z and data.draw(st.booleans()):
+        z = [z[0]] * data.draw(st.integers(1, 66))
+    c = z[0].shape[1] if z and z[0].dim() == 4 else 2
+    coefficients = torch.ones(
+        len(z), c, dtype=torch.float64 if z and z[0].dtype == torch.float64 else torch.float32
+    )
+    for call in (
+        lambda: node_sum(z, coefficients),
+        lambda: normalized_sum(z, coefficients[:, 0]),
+        lambda: channel_sums(z, coefficients),
+        lambda: channel_affine(z, coefficients, coefficients),
+        lambda: node_sum_dq(z[0], z),
+        lambda: node_sum_dz(z[0], coefficients),
+    ):
+        try:
+            call()
+        except (ValueError, TypeError, IndexError):
+            continue
