@@ -156,10 +156,10 @@ class RetrainState:
             "optimizer": self.optimizer.state_dict(),
         }
 
-    def from_checkpoint(self, stored: dict[str, Any], run: RunDir) -> None:
-        """Take over a checkpoint. Raises UserError where it does not fit."""
-        training.load_into(self.network, stored["network"], "network", run)
-        training.load_into(self.optimizer, stored["optimizer"], "optimiser", run)
+    def from_checkpoint(self, stored: dict[str, Any]) -> None:
+        """Take over a checkpoint. Raises what an entry that is missing or does not fit raises."""
+        self.network.load_state_dict(stored["network"])
+        self.optimizer.load_state_dict(stored["optimizer"])
         self.epoch, self.step, self.records = stored["epoch"], stored["step"], stored["records"]
         self.best_error, self.seconds = stored["best_error"], stored["seconds"]
         self.sums = training.Sums(dict(stored["sums"]))

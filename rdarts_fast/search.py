@@ -107,18 +107,16 @@ class SearchState:
             "alpha_optimizer": self.alpha_optimizer.state_dict(),
         }
 
-    def from_checkpoint(self, stored: dict[str, Any], run: RunDir) -> None:
-        """Take over a checkpoint. Raises UserError where it does not fit."""
-        training.load_into(self.supernet, stored["supernet"], "supernet", run)
+    def from_checkpoint(self, stored: dict[str, Any]) -> None:
+        """Take over a checkpoint. Raises what an entry that is missing or does not fit raises."""
+        self.supernet.load_state_dict(stored["supernet"])
         with torch.no_grad():
             for kind, alpha in self.alphas.items():
                 if stored["alphas"][kind].shape != alpha.shape:
                     raise ValueError(f"alphas {kind}: expected shape {tuple(alpha.shape)}")
                 alpha.copy_(stored["alphas"][kind])
-        training.load_into(
-            self.weight_optimizer, stored["weight_optimizer"], "weight optimiser", run
-        )
-        training.load_into(self.alpha_optimizer, stored["alpha_optimizer"], "alpha optimiser", run)
+        self.weight_optimizer.load_state_dict(stored["weight_optimizer"])
+        self.alpha_optimizer.load_state_dict(stored["alpha_optimizer"])
         self.epoch, self.step, self.branch = stored["epoch"], stored["step"], stored["branch"]
         self.records, self.seconds = stored["records"], stored["seconds"]
         self.sums = training.Sums(dict(stored["sums"]))

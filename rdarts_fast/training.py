@@ -28,11 +28,8 @@ from rdarts_fast.events import Events, TensorBoardEvents, check_tensorboard
 from rdarts_fast.native import build_info, cpu_unit
 from rdarts_fast.run_dir import ENVIRONMENT, Run, RunDir
 
-EVALUATION_PASS = (
-    64  # the forward passes of a step count up from 0; those of an evaluation are apart
-)
-
-
+# The forward passes of a step count up from 0; those of an evaluation are apart.
+EVALUATION_PASS = 64
 PROGRAMS = {"search": "search", "retraining": "retrain"}  # kind of run -> what to call
 
 
@@ -111,8 +108,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def cosine(epoch: int, epochs: int, start: float, end: float) -> float:
-    """Return the learning rate of `epoch`: from `start` along a half cosine to `end` at `epochs`
-    (PF: set once an epoch).
+    """Return the learning rate of `epoch`: from `start` along a half cosine to `end` at `epochs`,
+    the same for all steps of an epoch, as published.
     """
     return end + (start - end) * (1.0 + math.cos(math.pi * epoch / epochs)) / 2.0
 
@@ -240,23 +237,12 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def load_into(target: Any, state: Mapping[str, Any], what: str, run: RunDir) -> None:
-    """Load a state into a module or an optimiser. Raises UserError where it does not fit."""
-    try:
-        target.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{run.folder}: the checkpoint's {what} does not fit this run: {reason}"
-        ) from error
-
-
 class State(Protocol):
     """What a loop keeps: it goes into a checkpoint and comes back out of one."""
 
     def to_checkpoint(self) -> dict[str, Any]: ...
 
-    def from_checkpoint(self, stored: dict[str, Any], run: RunDir) -> None: ...
+    def from_checkpoint(self, stored: dict[str, Any]) -> None: ...
 
 
 @contextmanager
@@ -302,17 +288,16 @@ def _resume(run: RunDir, environment: dict[str, Any], kind: str, state: State) -
     if stored.get("kind") != kind:
         raise UserError(f"--resume {run.folder}: holds a {stored.get('kind')}, not a {kind}")
     try:
-        state.from_checkpoint(stored, run)
+        state.from_checkpoint(stored)
         run.cut_metrics(stored["records"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         what = f"{type(error).__name__}: {reason}"
         raise UserError(f"{run.folder}: the checkpoint does not fit this run: {what}") from error
-    changed = differences(Run.read(run.folder).environment, environment)
+    before = Run.read(run.folder).environment
+    changed = differences(before, environment)
     if changed:
-        changes = ", ".join(changed)
-        print(f"warning: the result can differ: {changes}", file=sys.stderr)
-        before = Run.read(run.folder).environment
+        print(f"warning: the result can differ: {', '.join(changed)}", file=sys.stderr)
         resumed = [*before.get("resumed_on", []), environment]
         run.write_json(ENVIRONMENT, {**before, "resumed_on": resumed})
     print(f"resumed at epoch {stored['epoch']}, batch {stored['step']}")

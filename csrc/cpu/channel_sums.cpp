@@ -3,6 +3,7 @@
 //   node_sum_dq    sum f g (z_k - pivot),  sum f g,  sum f_j g N(0, 1)
 // Each sample has its own sums; then they are added in the order of the samples, so that no bit
 // depends on the number of threads.
+#include <algorithm>
 #include <vector>
 
 #include "launchers.h"
@@ -13,7 +14,7 @@
 namespace rdarts {
 namespace {
 
-// first += a, second += b over the samples' partial sums [samples, size].
+// sums = the samples' partial sums [samples, size], added in their order.
 void combine(const double* partial, int64_t samples, int64_t size, double* sums) {
   std::fill_n(sums, size, 0.0);
   for (int64_t n = 0; n < samples; ++n) {

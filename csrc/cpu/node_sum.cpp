@@ -3,6 +3,7 @@
 //   out_k = factors[k, n] * by_g[k, c] * g + by_z[k, c] * z_k + constant[k, c]
 #include "node_sum.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "launchers.h"
@@ -17,11 +18,12 @@ T at(const void* values, int64_t i, T absent) {
   return values ? static_cast<const T*>(values)[i] : absent;
 }
 
-// total += scale z + ... for up to four tensors at once: the sum is loaded and stored a quarter as
-// often. A repetition is a pattern of channels, or a whole tile of a channel's plane.
+// total += (scale z + shift) + ... for up to four tensors at once: the sum is loaded and stored a
+// quarter as often. Each shift is added to its own tensor, since the two nearly cancel where a mean
+// is large. A repetition is a pattern of channels, or a whole tile of a channel's plane.
 template <typename T, int count, bool inner>
-void accumulate(T* __restrict total, const T* const* z, const T* const* scale, int64_t size,
-                int64_t repetition) {
+void accumulate(T* __restrict total, const T* const* z, const T* const* scale,
+                const T* const* shift, int64_t size, int64_t repetition) {
   for (int64_t begin = 0; begin < size; begin += repetition) {
     const int64_t length = std::min(repetition, size - begin);
     T* __restrict out = total + begin;
@@ -33,11 +35,15 @@ void accumulate(T* __restrict total, const T* const* z, const T* const* scale, i
     const T* __restrict a1 = count > 1 ? scale[1] : nullptr;
     const T* __restrict a2 = count > 2 ? scale[2] : nullptr;
     const T* __restrict a3 = count > 3 ? scale[3] : nullptr;
+    const T* __restrict b0 = shift[0];
+    const T* __restrict b1 = count > 1 ? shift[1] : nullptr;
+    const T* __restrict b2 = count > 2 ? shift[2] : nullptr;
+    const T* __restrict b3 = count > 3 ? shift[3] : nullptr;
     for (int64_t i = 0; i < length; ++i) {
-      T sum = out[i] + pick<inner>(a0, i) * z0[i];
-      if constexpr (count > 1) sum += pick<inner>(a1, i) * z1[i];
-      if constexpr (count > 2) sum += pick<inner>(a2, i) * z2[i];
-      if constexpr (count > 3) sum += pick<inner>(a3, i) * z3[i];
+      T sum = out[i] + (pick<inner>(a0, i) * z0[i] + pick<inner>(b0, i));
+      if constexpr (count > 1) sum += pick<inner>(a1, i) * z1[i] + pick<inner>(b1, i);
+      if constexpr (count > 2) sum += pick<inner>(a2, i) * z2[i] + pick<inner>(b2, i);
+      if constexpr (count > 3) sum += pick<inner>(a3, i) * z3[i] + pick<inner>(b3, i);
       out[i] = sum;
     }
   }
@@ -45,16 +51,16 @@ void accumulate(T* __restrict total, const T* const* z, const T* const* scale, i
 
 template <typename T, bool inner>
 void accumulate_all(T* total, const std::vector<const T*>& z, const std::vector<const T*>& scale,
-                    int64_t size, int64_t period) {
+                    const std::vector<const T*>& shift, int64_t size, int64_t period) {
   const int64_t repetition = inner ? period : size;
-  size_t k = 0;
-  for (; k + 4 <= z.size(); k += 4) {
-    accumulate<T, 4, inner>(total, &z[k], &scale[k], size, repetition);
+  const T *const *x = z.data(), *const *a = scale.data(), *const *b = shift.data();
+  size_t left = z.size();
+  for (; left >= 4; left -= 4, x += 4, a += 4, b += 4) {
+    accumulate<T, 4, inner>(total, x, a, b, size, repetition);
   }
-  const size_t rest = z.size() - k;
-  if (rest == 3) accumulate<T, 3, inner>(total, &z[k], &scale[k], size, repetition);
-  if (rest == 2) accumulate<T, 2, inner>(total, &z[k], &scale[k], size, repetition);
-  if (rest == 1) accumulate<T, 1, inner>(total, &z[k], &scale[k], size, repetition);
+  if (left == 3) accumulate<T, 3, inner>(total, x, a, b, size, repetition);
+  if (left == 2) accumulate<T, 2, inner>(total, x, a, b, size, repetition);
+  if (left == 1) accumulate<T, 1, inner>(total, x, a, b, size, repetition);
 }
 
 // total += factor (scale z + shift): the factor comes last, so that a large mean, which scale z and
@@ -90,16 +96,16 @@ void draw_sample(const Drawn& drawn, const Runs& r, int64_t n, std::vector<float
   }
 }
 
-// Where there are no factors, the shifts of all inputs are added once.
+// The terms of the tensors, without the noise.
 template <typename T, bool inner>
 class SampleSum {
  public:
   SampleSum(const NodeSum& a, const Runs& r)
       : a_(a), r_(r), scales_(a.inputs * r.period), shifts_(a.inputs * r.period), z_(a.inputs),
-        scale_(a.inputs), factors_(a.inputs, T(1)) {
+        scale_(a.inputs), shift_(a.inputs), factors_(a.inputs, T(1)) {
     for (int k = 0; k < a.inputs; ++k) {
       readers_.emplace_back(a.z[k], r);
-      scale_[k] = &scales_[k * r.period];
+      scale_[k] = &scales_[k * r.period], shift_[k] = &shifts_[k * r.period];
     }
   }
 
@@ -114,30 +120,21 @@ class SampleSum {
       spread(r_, run, &shifts_[k * r_.period],
              [&](int64_t c) { return at<T>(a_.shift, row + c, T(0)); });
     }
-    if (a_.factors) return;
-    const int64_t size = inner ? r_.period : 1;
-    for (int k = 1; k < a_.inputs; ++k) {
-      for (int64_t i = 0; i < size; ++i) shifts_[i] += shifts_[k * r_.period + i];
-    }
   }
 
   // Fills sum with elements [begin, begin + size) of the run.
   void tile(T* sum, int64_t begin, int64_t size) {
+    std::fill_n(sum, size, T(0));
     if (a_.factors) {
-      std::fill_n(sum, size, T(0));
       for (int k = 0; k < a_.inputs; ++k) {
         if (factors_[k] == T(0)) continue;
         accumulate_dropped<T, inner>(sum, readers_[k].tile(n_, run_, begin, size), scale_[k],
-                                     &shifts_[k * r_.period], factors_[k], size, r_.period);
+                                     shift_[k], factors_[k], size, r_.period);
       }
       return;
     }
-    for (int64_t i = 0; inner && i < size; i += r_.period) {
-      std::copy_n(shifts_.data(), std::min(r_.period, size - i), sum + i);
-    }
-    if (!inner) std::fill_n(sum, size, shifts_[0]);
     for (int k = 0; k < a_.inputs; ++k) z_[k] = readers_[k].tile(n_, run_, begin, size);
-    accumulate_all<T, inner>(sum, z_, scale_, size, r_.period);
+    accumulate_all<T, inner>(sum, z_, scale_, shift_, size, r_.period);
   }
 
  private:
@@ -145,7 +142,7 @@ class SampleSum {
   const Runs& r_;
   std::vector<Reader<T>> readers_;
   std::vector<T> scales_, shifts_;  // a pattern an input
-  std::vector<const T*> z_, scale_;
+  std::vector<const T*> z_, scale_, shift_;
   std::vector<T> factors_;
   int64_t n_ = 0, run_ = 0;
 };

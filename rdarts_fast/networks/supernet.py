@@ -76,10 +76,10 @@ class SearchCell(nn.Module):
         channels: int,
         shrunk: bool,
         site: int,
+        fused: bool = False,
     ) -> None:
         super().__init__()
-        self.kind, self.nodes, self.site = kind, space.nodes, site
-        self.fused = False
+        self.kind, self.nodes, self.site, self.fused = kind, space.nodes, site, fused
         self.preprocess0 = preprocess(inputs[0], channels, shrunk, affine=False)
         self.preprocess1 = preprocess(inputs[1], channels, False, affine=False)
         self.edges = nn.ModuleList()
@@ -158,12 +158,12 @@ class Supernet(nn.Module):
             kind = "reduce" if is_reduction(i, layers) else "normal"
             channels *= 2 if kind == "reduce" else 1
             site = SITE_NETWORK + i * SITES_PER_CELL
-            self.cells.append(SearchCell(self.space, kind, inputs, channels, shrunk, site))
+            fused = backend == "fused"
+            cell = SearchCell(self.space, kind, inputs, channels, shrunk, site, fused)
+            self.cells.append(cell)
             inputs = (inputs[1], self.space.nodes * channels)
             shrunk = kind == "reduce"
         self.classifier = nn.Linear(inputs[1], classes)
-        for cell in self.cells:
-            cell.fused = backend == "fused"  # type: ignore[assignment]
 
     def forward(self, images: Tensor, weights: Weights, draws: Draws | None = None) -> Tensor:
         """Return the logits [N, classes] of images [N, C, H, W] under the operations' weights.
