@@ -130,6 +130,7 @@ PYBIND11_MODULE(_rdarts_fast, module) {
   define("philox_uniform", &philox_uniform_at, "Fill float32 [count], uniform in [0, 1).");
   define("philox_normal", &philox_normal_at, "Fill float32 [count], standard normal.");
   define_kernels(module);
+  define_memory(module);
 }
 
 }  // namespace rdarts

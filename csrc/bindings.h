@@ -6,5 +6,6 @@
 namespace rdarts {
 
 void define_kernels(pybind11::module_& module);
+void define_memory(pybind11::module_& module);
 
 }  // namespace rdarts

@@ -2,7 +2,9 @@
 // and sums as addresses (rdarts_fast/kernels/array.py, which checks them).
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -157,38 +159,88 @@ void node_sum_dq_at(int dtype, const Shape& shape, const Numbers& tensors, Addre
 
 using Rule = std::tuple<double, double, bool>;  // eps, momentum, training
 
+constexpr int64_t kNear = int64_t{12} << 20;  // bytes that stay in the last-level cache
+
+// Inputs that are worked on together. On the CPU they are so few that the second pass over them
+// finds them in the cache; there more inputs cost nothing, on a GPU a launch.
+int group_of(const Array& like, int inputs, int64_t tensors_an_input, const Place& place) {
+  if (place.device >= 0) return inputs;
+  const int64_t width = like.dtype == DType::kFloat64 ? 8 : 4;
+  const int64_t bytes = width * like.shape[0] * like.shape[1] * like.shape[2] * like.shape[3];
+  const int64_t fit = kNear / std::max<int64_t>(1, bytes * tensors_an_input);
+  return static_cast<int>(std::clamp<int64_t>(fit, 1, inputs));
+}
+
+size_t width_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }  // of a coefficient
+
+// `data` moved on by so many coefficients; null stays null.
+void* moved(void* data, DType dtype, int64_t by) {
+  return data ? static_cast<char*>(data) + by * width_of(dtype) : nullptr;
+}
+
+void fill_ones(void* data, DType dtype, int64_t count) {
+  if (dtype == DType::kFloat64) std::fill_n(static_cast<double*>(data), count, 1.0);
+  else std::fill_n(static_cast<float*>(data), count, 1.0f);
+}
+
+// The node sum of a later group: what is there already comes first, as it is.
+void add_to(const Array& out, const Array* z, int inputs, void* scale, void* shift, void* factors,
+            const Place& place) {
+  const int64_t samples = out.shape[0], channels = out.shape[1];
+  const size_t width = width_of(out.dtype), row = channels * width, all = inputs * row;
+  std::vector<Array> tensors(z, z + inputs);
+  tensors.insert(tensors.begin(), out);
+  std::vector<char> scales(row + all), shifts(row + all), kept((1 + inputs) * samples * width);
+  fill_ones(scales.data(), out.dtype, channels);
+  std::memcpy(&scales[row], scale, all);
+  std::memcpy(&shifts[row], shift, all);
+  if (factors) {
+    fill_ones(kept.data(), out.dtype, samples);
+    std::memcpy(&kept[samples * width], factors, inputs * samples * width);
+  }
+  run(NodeSum{out, tensors.data(), 1 + inputs, scales.data(), shifts.data(),
+              factors ? kept.data() : nullptr, Drawn{}},
+      place);
+}
+
 void normalized_sum_at(int dtype, const Shape& shape, const Numbers& tensors, Address weights,
                        const std::vector<bool>& normalised, const std::vector<Address>& running,
                        Address factors, const Seeds& noise, const Rule& rule, Address statistics,
                        Address space, const Place& place) {
   const std::vector<Array> a = arrays_of(dtype, shape, tensors);
   check_cpu_dtype(a[0].dtype, place);
-  const int inputs = static_cast<int>(a.size() - 1);
-  const int64_t plane = inputs * shape[1];
+  const int all = static_cast<int>(a.size() - 1), together = group_of(a[0], all, 1, place);
+  const int64_t channels = shape[1];
   double* const scale = pointer<double>(space);
-  double* const shift = scale + plane;
-  double* const sums = shift + plane;
+  double* const shift = scale + together * channels;
+  double* const sums = shift + together * channels;
   Normalization n = {};
-  n.dtype = a[0].dtype, n.inputs = inputs, n.channels = shape[1];
+  n.dtype = a[0].dtype, n.channels = channels, n.sums = sums, n.scale = scale, n.shift = shift;
   n.count = static_cast<double>(shape[0] * shape[2] * shape[3]);
   std::tie(n.eps, n.momentum, n.training) = rule;
-  std::vector<Array> chosen;
-  for (int k = 0; k < inputs; ++k) {
-    n.row[k] = normalised[k] ? static_cast<int>(chosen.size()) : -1;
-    if (normalised[k]) chosen.push_back(a[1 + k]);
-    if (!running.empty()) {
-      n.running_mean[k] = pointer(running[2 * k]);
-      n.running_var[k] = pointer(running[2 * k + 1]);
+  for (int first = 0; first < all; first += n.inputs) {
+    n.inputs = std::min(together, all - first);
+    std::vector<Array> chosen;
+    for (int k = 0; k < n.inputs; ++k) {
+      n.row[k] = normalised[first + k] ? static_cast<int>(chosen.size()) : -1;
+      if (normalised[first + k]) chosen.push_back(a[1 + first + k]);
+      if (running.empty()) continue;
+      n.running_mean[k] = pointer(running[2 * (first + k)]);
+      n.running_var[k] = pointer(running[2 * (first + k) + 1]);
     }
+    n.rows = static_cast<int>(chosen.size());
+    if (n.training && n.rows > 0) {
+      run(ChannelSums{chosen.data(), n.rows, nullptr, sums, sums + 3 * n.rows * channels}, place);
+    }
+    n.weights = moved(pointer(weights), n.dtype, first);
+    n.mean = pointer<double>(statistics) + first * channels;
+    n.rstd = n.mean + all * channels;
+    run(n, place);
+    void* const kept = moved(pointer(factors), n.dtype, first * shape[0]);
+    const Array* const z = &a[1 + first];
+    if (first > 0) add_to(a[0], z, n.inputs, scale, shift, kept, place);
+    else run(NodeSum{a[0], z, n.inputs, scale, shift, kept, drawn_of(noise)}, place);
   }
-  n.rows = static_cast<int>(chosen.size());
-  if (n.training && n.rows > 0) {
-    run(ChannelSums{chosen.data(), n.rows, nullptr, sums, sums + 3 * plane}, place);
-  }
-  n.weights = pointer(weights), n.sums = sums;
-  n.statistics = pointer<double>(statistics), n.scale = scale, n.shift = shift;
-  run(n, place);
-  run(NodeSum{a[0], &a[1], inputs, scale, shift, pointer(factors), drawn_of(noise)}, place);
 }
 
 void normalized_sum_backward_at(int dtype, const Shape& shape, const Numbers& tensors,
@@ -197,34 +249,43 @@ void normalized_sum_backward_at(int dtype, const Shape& shape, const Numbers& te
                                 Address statistics, Address buffer, const Place& place) {
   std::vector<Array> a = arrays_of(dtype, shape, tensors);  // g, K inputs, K outputs
   check_cpu_dtype(a[0].dtype, place);
-  const int inputs = static_cast<int>(a.size() / 2);
-  const int64_t plane = inputs * shape[1];
-  const Drawn drawn = drawn_of(noise);
+  const int all = static_cast<int>(a.size() / 2), together = group_of(a[0], all, 2, place);
+  const int64_t channels = shape[1], plane = together * channels;
+  Drawn drawn = drawn_of(noise);
   double* const dweights = pointer<double>(buffer);
-  double* const drawn_sums = dweights + inputs;
+  double* const drawn_sums = dweights + all;
   double* const sums = drawn_sums + drawn.count;
   double* const by_g = sums + 2 * plane;
   double* const by_z = by_g + plane;
   double* const constant = by_z + plane;
-  const double* const means = pointer<double>(statistics);
-  run(NodeSumDq{a[0], &a[1], inputs, means, pointer(factors), drawn, sums, drawn_sums,
-                constant + plane},
-      place);
   NormalizationBackward n = {};
-  n.dtype = a[0].dtype, n.inputs = inputs, n.channels = shape[1];
+  n.dtype = a[0].dtype, n.channels = channels, n.training = training, n.sums = sums;
+  n.by_g = by_g, n.by_z = by_z, n.constant = constant;
   n.count = static_cast<double>(shape[0] * shape[2] * shape[3]);
-  n.training = training;
-  bool wanted = false;
-  for (int k = 0; k < inputs; ++k) {
-    if (normalised[k]) n.normalised |= uint64_t{1} << k;
-    if (!normalised[k] || !training) a[1 + k].data = nullptr;  // its gradient takes no part of z
-    wanted = wanted || a[1 + inputs + k].data;
+  for (int first = 0; first < all; first += n.inputs) {
+    n.inputs = std::min(together, all - first);
+    n.mean = pointer<double>(statistics) + first * channels;
+    n.rstd = n.mean + all * channels;
+    Array* const z = &a[1 + first];
+    Array* const out = z + all;
+    void* const kept = moved(pointer(factors), n.dtype, first * shape[0]);
+    run(NodeSumDq{a[0], z, n.inputs, n.mean, kept, drawn, sums, drawn_sums, constant + plane},
+        place);
+    drawn.count = 0;
+    bool wanted = false;
+    n.normalised = 0;
+    for (int k = 0; k < n.inputs; ++k) {
+      if (normalised[first + k]) n.normalised |= uint64_t{1} << k;
+      else z[k].data = nullptr;
+      if (!training) z[k].data = nullptr;  // its gradient takes no part of z
+      wanted = wanted || out[k].data;
+    }
+    n.weights = moved(pointer(weights), n.dtype, first);
+    n.dweights = dweights + first;
+    run(n, place);
+    if (!wanted) continue;
+    run(Affine{a[0], z, out, n.inputs, by_g, by_z, constant, kept}, place);
   }
-  n.weights = pointer(weights), n.sums = sums, n.statistics = means;
-  n.dweights = dweights, n.by_g = by_g, n.by_z = by_z, n.constant = constant;
-  run(n, place);
-  if (!wanted) return;
-  run(Affine{a[0], &a[1], &a[1 + inputs], inputs, by_g, by_z, constant, pointer(factors)}, place);
 }
 
 }  // namespace

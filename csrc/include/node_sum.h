@@ -80,9 +80,10 @@ struct Normalization {
   const void* weights;  // [K]
   const double* sums;   // [3, rows, C] of channel_sums, in training
   int rows;
-  double* statistics;  // [2 (mean, rstd), K, C]
-  void* scale;         // [K, C]
-  void* shift;         // [K, C]
+  double* mean;  // [K, C] each
+  double* rstd;
+  void* scale;
+  void* shift;
 };
 
 // Coefficients of the affine map that is the backward of the normalised sum.
@@ -93,11 +94,12 @@ struct NormalizationBackward {
   double count;
   bool training;
   uint64_t normalised;       // bit k
-  const void* weights;       // [K]
-  const double* sums;        // [2, K, C] of node_sum_dq about the mean
-  const double* statistics;  // [2 (mean, rstd), K, C]
-  double* dweights;          // [K]
-  void* by_g;                // [K, C] each
+  const void* weights;  // [K]
+  const double* sums;   // [2, K, C] of node_sum_dq about the mean
+  const double* mean;   // [K, C] each
+  const double* rstd;
+  double* dweights;  // [K]
+  void* by_g;        // [K, C] each
   void* by_z;
   void* constant;
 };

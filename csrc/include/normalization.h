@@ -11,7 +11,7 @@ namespace rdarts {
 // Fills the statistics, the running buffers and the coefficients at (k, c).
 template <typename T>
 RDARTS_BODY void normalize_channel(const Normalization& a, int k, int64_t c) {
-  const int64_t i = k * a.channels + c, all = a.inputs * a.channels;
+  const int64_t i = k * a.channels + c;
   const double weight = static_cast<const T*>(a.weights)[k];
   double mean = 0, rstd = 1;
   if (a.row[k] >= 0) {
@@ -35,8 +35,8 @@ RDARTS_BODY void normalize_channel(const Normalization& a, int k, int64_t c) {
     }
     rstd = 1 / std::sqrt(var + a.eps);
   }
-  a.statistics[i] = mean;
-  a.statistics[all + i] = rstd;
+  a.mean[i] = mean;
+  a.rstd[i] = rstd;
   // The shift belongs to the rounded scale, so that a large mean does not show its rounding.
   const T scale = static_cast<T>(weight * rstd);
   static_cast<T*>(a.scale)[i] = scale;
@@ -47,7 +47,7 @@ RDARTS_BODY void normalize_channel(const Normalization& a, int k, int64_t c) {
 template <typename T>
 RDARTS_BODY double normalize_channel_backward(const NormalizationBackward& a, int k, int64_t c) {
   const int64_t i = k * a.channels + c, all = a.inputs * a.channels;
-  const double mean = a.statistics[i], rstd = a.statistics[all + i];
+  const double mean = a.mean[i], rstd = a.rstd[i];
   const double weight = static_cast<const T*>(a.weights)[k];
   const double pivot = static_cast<T>(mean), sum_g = a.sums[all + i];
   const double along = rstd * (a.sums[i] + (pivot - mean) * sum_g);  // sum f g z^

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from rdarts_fast import native
 
 MOST_INPUTS = 64
+LEAST_KEPT = 1 << 16  # bytes of a tensor whose memory is used again
 DTYPES = {
     torch.float32: 0,
     torch.float64: 1,
@@ -101,16 +103,32 @@ def memory_format(z: Sequence[Tensor]) -> torch.memory_format:
     return torch.channels_last if 2 * inner > len(z) else torch.contiguous_format
 
 
+def empty(like: Tensor, shape: tuple[int, ...], format_: torch.memory_format) -> Tensor:
+    """Return a dense uninitialised tensor [N, C, H, W] of like's dtype and device.
+
+    On the CPU in memory that earlier results have left (csrc/bindings_memory.cpp), but where torch
+    is asked to fill what it allocates (torch.use_deterministic_algorithms).
+    """
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size < LEAST_KEPT or torch.are_deterministic_algorithms_enabled():
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format_)
+    block = torch.frombuffer(native.extension.Block(size), dtype=like.dtype)
+    n, c, h, w = shape
+    if format_ == torch.channels_last:
+        return block.as_strided(shape, (c * h * w, 1, w * c, c))
+    return block.as_strided(shape, (c * h * w, h * w, w, 1))
+
+
 def empty_like(x: Tensor) -> Tensor:
     """Return a dense uninitialised tensor of x's shape, dtype and device, its channels innermost
     where x's are.
     """
-    return torch.empty_like(x, memory_format=memory_format((x,)))
+    return empty(x, x.shape, memory_format((x,)))
 
 
 def empty_node(z: Sequence[Tensor]) -> Tensor:
     """Return a dense uninitialised tensor like z[0], laid out as most of z are."""
-    return torch.empty_like(z[0], memory_format=memory_format(z))
+    return empty(z[0], z[0].shape, memory_format(z))
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
