@@ -131,6 +131,7 @@ PYBIND11_MODULE(_rdarts_fast, module) {
   define("philox_normal", &philox_normal_at, "Fill float32 [count], standard normal.");
   define_kernels(module);
   define_memory(module);
+  define_stages(module);
 }
 
 }  // namespace rdarts

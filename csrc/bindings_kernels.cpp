@@ -20,32 +20,7 @@ namespace py = pybind11;
 namespace rdarts {
 namespace {
 
-using Shape = std::array<int64_t, 4>;
-using Address = std::uintptr_t;
-using Numbers = std::vector<int64_t>;
 using Seeds = std::optional<std::vector<uint64_t>>;
-
-template <typename T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// Five numbers a tensor: address and strides.
-std::vector<Array> arrays_of(int dtype, const Shape& shape, const Numbers& flat) {
-  if (dtype < 0 || dtype > 2 || flat.size() % 5 != 0) {
-    throw std::invalid_argument("dtype: expected 0, 1 or 2; tensors: expected five numbers each");
-  }
-  std::vector<Array> arrays(flat.size() / 5);
-  for (size_t i = 0; i < arrays.size(); ++i) {
-    arrays[i].data = pointer(static_cast<Address>(flat[5 * i]));
-    arrays[i].dtype = static_cast<DType>(dtype);
-    for (int d = 0; d < 4; ++d) {
-      arrays[i].shape[d] = shape[d];
-      arrays[i].strides[d] = flat[5 * i + 1 + d];
-    }
-  }
-  return arrays;
-}
 
 // seed, step, branch and pass, addresses of weights and factors, then the sites.
 Drawn drawn_of(const Seeds& noise) {
@@ -63,22 +38,6 @@ Drawn drawn_of(const Seeds& noise) {
   for (int j = 0; j < drawn.count; ++j) drawn.sites[j] = static_cast<uint32_t>(n[5 + j]);
   return drawn;
 }
-
-void check_cpu_dtype(DType dtype, const Place& place) {
-  if (place.device < 0 && dtype == DType::kBFloat16) {
-    throw std::invalid_argument("dtype: expected float32 or float64 on the CPU, got bfloat16");
-  }
-}
-
-// Calls the launcher of that name on the side and the unit that `place` names.
-#define RDARTS_LAUNCH(NAME, ...)                                                     \
-  do {                                                                               \
-    if (place.device >= 0) {                                                         \
-      if constexpr (kCuda) cuda::NAME(arguments, place);                             \
-    } else {                                                                         \
-      on_unit(place.unit, [&](auto unit) { NAME<decltype(unit)::value>(__VA_ARGS__); }); \
-    }                                                                                \
-  } while (false)
 
 void run(const NodeSum& arguments, const Place& place) {
   RDARTS_LAUNCH(node_sum, arguments, place.threads);
@@ -98,7 +57,6 @@ void run(const Normalization& arguments, const Place& place) {
 void run(const NormalizationBackward& arguments, const Place& place) {
   RDARTS_LAUNCH(normalize_backward, arguments);
 }
-#undef RDARTS_LAUNCH
 
 // Doubles that the reductions need for their partial sums.
 int64_t partial_sums(const Shape& shape, int64_t inputs, int64_t sites, const Place& place) {

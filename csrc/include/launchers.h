@@ -7,6 +7,7 @@
 #include "node_sum.h"
 #include "philox.h"
 #include "place.h"
+#include "stage.h"
 
 namespace rdarts {
 
@@ -34,6 +35,12 @@ template <Unit unit>
 void normalize(const Normalization& arguments);
 template <Unit unit>
 void normalize_backward(const NormalizationBackward& arguments);
+
+// stage.h
+template <Unit unit>
+void sep_stage(const StageForward& arguments, int threads);
+template <Unit unit>
+void sep_stage_backward(const StageBackward& arguments, int threads);
 
 namespace cuda {
 

@@ -1,0 +1,108 @@
+// The module's functions of the convolution stages (rdarts_fast/kernels/sep_stage.py, which checks
+// their arguments).
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+#include <tuple>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace rdarts {
+namespace {
+
+using Addresses = std::vector<Address>;
+using Geometry = std::tuple<int, int, int>;  // kernel, dilation, stride
+
+// A stage, and the arrays that it points to.
+struct Operands {
+  std::vector<Array> x;
+  std::vector<const void*> depthwise, pointwise;
+  Stage stage;
+
+  Operands(int dtype, const Shape& shape, const Numbers& tensors, const Geometry& geometry,
+           const Addresses& weights, Address scale, Address shift)
+      : x(arrays_of(dtype, shape, tensors)), stage{} {
+    if (x.empty() || x.size() > kMostEdges || weights.size() != 2 * x.size()) {
+      throw std::invalid_argument("x: expected 1 to 64 tensors and two weights each");
+    }
+    for (size_t e = 0; e < x.size(); ++e) {
+      depthwise.push_back(pointer(weights[e]));
+      pointwise.push_back(pointer(weights[x.size() + e]));
+    }
+    stage.edges = static_cast<int>(x.size()), stage.x = x.data();
+    std::tie(stage.kernel, stage.dilation, stage.stride) = geometry;
+    stage.scale = pointer(scale), stage.shift = pointer(shift);
+    stage.depthwise = depthwise.data(), stage.pointwise = pointwise.data();
+  }
+};
+
+void run(const StageForward& arguments, const Place& place) {
+  on_unit(place.unit, [&](auto unit) { sep_stage<decltype(unit)::value>(arguments, place.threads); });
+}
+void run(const StageBackward& arguments, const Place& place) {
+  on_unit(place.unit, [&](auto unit) {
+    sep_stage_backward<decltype(unit)::value>(arguments, place.threads);
+  });
+}
+
+void sep_stage_at(int dtype, const Shape& shape, const Numbers& x, const Shape& out_shape,
+                  const Numbers& z, const Geometry& geometry, const Addresses& weights,
+                  Address scale, Address shift, Address buffer, const Place& place) {
+  const Operands operands(dtype, shape, x, geometry, weights, scale, shift);
+  const std::vector<Array> out = arrays_of(dtype, out_shape, z);
+  check_cpu_dtype(out[0].dtype, place);
+  double* const sums = pointer<double>(buffer);
+  const int64_t size = 3 * static_cast<int64_t>(out.size()) * out_shape[1];
+  run(StageForward{operands.stage, out.data(), sums, sums + size}, place);
+}
+
+using Map = std::array<Address, 4>;  // by_g, by_z, constant, factors
+
+void sep_stage_backward_at(int dtype, const Shape& shape, const Numbers& x, const Shape& out_shape,
+                           const Numbers& gradients, const Geometry& geometry,
+                           const Addresses& weights, Address scale, Address shift, const Map& map,
+                           const Numbers& dv, const std::vector<bool>& adds, bool wants_sums,
+                           const Addresses& dweights, Address buffer, const Place& place) {
+  const Operands operands(dtype, shape, x, geometry, weights, scale, shift);
+  const std::vector<Array> out = arrays_of(dtype, out_shape, gradients);  // G of g, then of z
+  check_cpu_dtype(out[0].dtype, place);
+  const size_t edges = operands.x.size();
+  const std::vector<Array> results = arrays_of(dtype, shape, dv);
+  const std::unique_ptr<bool[]> added(new bool[edges]);
+  std::copy(adds.begin(), adds.end(), added.get());
+  std::vector<void*> dweight;
+  for (const Address address : dweights) dweight.push_back(pointer(address));
+  double* const sums = pointer<double>(buffer);
+  StageBackward a = {};
+  a.stage = operands.stage, a.g = &out[0], a.z = &out[edges];
+  a.by_g = pointer(map[0]), a.by_z = pointer(map[1]), a.constant = pointer(map[2]);
+  a.factors = pointer(map[3]), a.dv = results.data(), a.adds = added.get();
+  a.sums = wants_sums ? sums : nullptr;
+  a.ddepthwise = dweight.empty() ? nullptr : dweight.data();
+  a.dpointwise = dweight.empty() ? nullptr : dweight.data() + edges;
+  a.workspace = sums + (wants_sums ? 2 * static_cast<int64_t>(edges) * shape[1] : 0);
+  run(a, place);
+}
+
+// Doubles of buffer that both need: sums and partial sums.
+int64_t stage_buffer(int64_t edges, const Shape& shape, int64_t out_channels, int64_t kernel) {
+  const auto padded = [](int64_t channels) { return (channels + 15) / 16 * 16; };
+  const int64_t channels = shape[1], samples = shape[0] + 1;
+  const int64_t forward = 3 * edges * out_channels * samples;
+  const int64_t weights = padded(channels) * kernel * kernel + padded(out_channels) * channels;
+  return std::max(forward, edges * (2 * channels * samples + 16 * weights));
+}
+
+}  // namespace
+
+void define_stages(py::module_& module) {
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  module.def("stage_buffer", &stage_buffer, "Doubles of buffer that both functions need.");
+  module.def("sep_stage", &sep_stage_at, "x..., z...; sums, then workspace.", released);
+  module.def("sep_stage_backward", &sep_stage_backward_at, "x..., g..., z..., dv...", released);
+}
+
+}  // namespace rdarts

@@ -1,0 +1,160 @@
+// What the convolution stages share on the CPU: pixels of a tensor as vectors of channels, images in
+// blocks of L channels [blocks, rows, columns, L] in a thread's own memory, and packed weights.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "array.h"
+#include "vectors.h"
+
+namespace rdarts {
+namespace {
+
+constexpr int64_t kTilePixels = 32;  // of output that stay in the first-level cache
+constexpr int64_t kMostChunks = 16;  // parts of a batch, each with gradients of the weights of its own
+
+template <typename T>
+int blocks_of(int64_t channels) {
+  return static_cast<int>((channels + kVector<T> - 1) / kVector<T>);
+}
+
+inline int64_t chunk_of(int64_t samples) { return (samples + kMostChunks - 1) / kMostChunks; }
+
+// A thread's memory, which grows and is used again.
+template <typename T>
+T* scratch(int64_t count) {
+  constexpr size_t aligned = 64 / sizeof(T);
+  static thread_local std::vector<T> memory;
+  const size_t wanted = static_cast<size_t>(count) + aligned;
+  if (memory.size() < wanted) memory.resize(wanted);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data());
+  return reinterpret_cast<T*>((address + 63) / 64 * 64);
+}
+
+// Hands out aligned parts of memory: first without any, to learn how much is needed.
+template <typename T>
+class Parts {
+ public:
+  explicit Parts(T* memory = nullptr) : memory_(memory) {}
+  T* take(int64_t count) {
+    constexpr int64_t aligned = 64 / sizeof(T);
+    T* const part = memory_ ? memory_ + used_ : nullptr;
+    used_ += (count + aligned - 1) / aligned * aligned;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  T* memory_;
+  int64_t used_ = 0;
+};
+
+// One sample of a tensor.
+template <typename T>
+class Pixels {
+ public:
+  Pixels(const Array& a, int64_t sample)
+      : data_(static_cast<T*>(a.data) + sample * a.strides[0]),
+        step_(a.strides[1]), row_(a.strides[2]), column_(a.strides[3]),
+        channels_(a.shape[1]), inner_(a.strides[1] == 1 || a.shape[1] == 1) {}
+
+  // body(column, block v of the channels, zeros past the last) along a row, which is fetched a row
+  // ahead.
+  template <typename Body>
+  RDARTS_METHOD void along(int64_t row, int64_t columns, int v, const Body& body) const {
+    constexpr int L = kVector<T>;
+    const T* from = data_ + row * row_ + v * L * step_;
+    if (inner_ && channels_ - v * L >= L) {
+      for (int64_t column = 0; column < columns; ++column, from += column_) {
+        __builtin_prefetch(from + row_);
+        body(column, load(from));
+      }
+    } else {
+      for (int64_t column = 0; column < columns; ++column) body(column, get(row, column, v));
+    }
+  }
+
+  // Block v of the channels, zeros past the last.
+  RDARTS_METHOD Vec<T> get(int64_t row, int64_t column, int v) const {
+    constexpr int L = kVector<T>;
+    const T* const from = data_ + row * row_ + column * column_ + v * L * step_;
+    const int64_t count = channels_ - v * L;
+    if (inner_) return count >= L ? load(from) : load_part(from, count);
+    Vec<T> vector = {};
+    for (int64_t i = 0; i < L && i < count; ++i) vector[i] = from[i * step_];
+    return vector;
+  }
+
+ private:
+  const T* data_;
+  int64_t step_, row_, column_, channels_;
+  bool inner_;
+};
+
+// One sample of a result, dense and with its channels innermost.
+template <typename T>
+class Result {
+ public:
+  Result(const Array& a, int64_t sample)
+      : data_(static_cast<T*>(a.data) + sample * a.shape[1] * a.shape[2] * a.shape[3]),
+        channels_(a.shape[1]), width_(a.shape[3]) {}
+
+  T* pixel(int64_t row, int64_t column) const { return data_ + (row * width_ + column) * channels_; }
+
+  RDARTS_METHOD void set(int64_t row, int64_t column, int v, const Vec<T>& value, bool adds) const {
+    constexpr int L = kVector<T>;
+    T* const to = pixel(row, column) + v * L;
+    const int64_t count = channels_ - v * L;
+    if (count >= L) store<T>(to, adds ? load(to) + value : value);
+    else store_part<T>(to, adds ? load_part(to, count) + value : value, count);
+  }
+
+ private:
+  T* data_;
+  int64_t channels_, width_;
+};
+
+// Fills packed[blocks, L] with `channels` numbers and zeros.
+template <typename T>
+void pack_row(const void* row, int64_t channels, T* packed) {
+  const T* const numbers = static_cast<const T*>(row);
+  std::fill_n(packed, blocks_of<T>(channels) * kVector<T>, T(0));
+  std::copy_n(numbers, channels, packed);
+}
+
+// A matrix [rows, columns] as the B of a product: [blocks of columns, rows, L].
+template <typename T>
+void pack_matrix(const T* matrix, int64_t rows, int64_t columns, int64_t row_step,
+                 int64_t column_step, T* packed) {
+  constexpr int L = kVector<T>;
+  for (int j = 0; j < blocks_of<T>(columns); ++j) {
+    for (int64_t r = 0; r < rows; ++r) {
+      T* const to = packed + (j * rows + r) * L;
+      for (int64_t i = 0; i < L; ++i) {
+        const int64_t column = j * L + i;
+        to[i] = column < columns ? matrix[r * row_step + column * column_step] : T(0);
+      }
+    }
+  }
+}
+
+// Depthwise weights [C, K, K] as [blocks, K * K, L], turned by half a circle where `turned`.
+template <typename T>
+void pack_taps(const void* weights, int64_t channels, int taps, bool turned, T* packed) {
+  constexpr int L = kVector<T>;
+  const T* const from = static_cast<const T*>(weights);
+  for (int v = 0; v < blocks_of<T>(channels); ++v) {
+    for (int t = 0; t < taps; ++t) {
+      for (int64_t i = 0; i < L; ++i) {
+        const int64_t c = v * L + i;
+        const int tap = turned ? taps - 1 - t : t;
+        packed[(v * taps + t) * L + i] = c < channels ? from[c * taps + tap] : T(0);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rdarts

@@ -1,0 +1,116 @@
+// Products of small matrices in registers:  C[m, n] (+)= sum_k A[m, k] * B[k, n].
+//
+// A is read number by number, B and C in vectors of L. Rows are pixels or channels, and what runs
+// along them lies in blocks of L channels:
+//   A[m, k]  at a[k / L * a_block + m * L + k % L];  transposed, at a[m / L * a_block + k * L + m % L]
+//   B[k, .]  block j at b[j * b_block + k * L]
+//   C[m, .]  block j at c[j * c_block + offset[m]]
+#pragma once
+
+#include "vectors.h"
+
+namespace rdarts {
+namespace {
+
+#define RDARTS_UNROLL _Pragma("GCC unroll 32")
+
+template <typename T>
+struct Product {
+  const T* a;
+  int64_t a_block;
+  const T* b;
+  int64_t b_block;
+  T* c;
+  int64_t c_block;
+  const int* offset;        // [M]
+  int rows, depth, blocks;  // M, K, vectors in a row of C
+};
+
+// What becomes of a tile of sums: they replace C's numbers, or are added to them.
+struct Replace {
+  template <int rows, int wide, typename T>
+  RDARTS_METHOD void operator()(const Product<T>& p, int m, int j, Vec<T> (&sum)[rows][wide]) const {
+    RDARTS_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      RDARTS_UNROLL
+      for (int i = 0; i < wide; ++i) store(p.c + (j + i) * p.c_block + p.offset[m + r], sum[r][i]);
+    }
+  }
+};
+
+struct Add {
+  template <int rows, int wide, typename T>
+  RDARTS_METHOD void operator()(const Product<T>& p, int m, int j, Vec<T> (&sum)[rows][wide]) const {
+    RDARTS_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      RDARTS_UNROLL
+      for (int i = 0; i < wide; ++i) {
+        T* const c = p.c + (j + i) * p.c_block + p.offset[m + r];
+        store<T>(c, load(c) + sum[r][i]);
+      }
+    }
+  }
+};
+
+// `rows` rows from m on, `wide` vectors from block j on.
+template <int rows, int wide, bool transposed, typename T, typename Finish>
+RDARTS_METHOD void product_tile(const Product<T>& p, int m, int j, const Finish& finish) {
+  constexpr int L = kVector<T>;
+  Vec<T> sum[rows][wide];
+  RDARTS_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    RDARTS_UNROLL
+    for (int i = 0; i < wide; ++i) sum[r][i] = Vec<T>{};
+  }
+  const T* b = p.b + j * p.b_block;
+  const int64_t next = p.b_block;
+  const auto step = [&](const auto& number) {
+    Vec<T> row[wide];
+    RDARTS_UNROLL
+    for (int i = 0; i < wide; ++i) row[i] = load(b + i * next);
+    b += L;
+    RDARTS_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      const T value = number(r);
+      RDARTS_UNROLL
+      for (int i = 0; i < wide; ++i) sum[r][i] += value * row[i];
+    }
+  };
+  if constexpr (transposed) {
+    const T* a[rows];
+    RDARTS_UNROLL
+    for (int r = 0; r < rows; ++r) a[r] = p.a + (m + r) / L * p.a_block + (m + r) % L;
+    for (int64_t k = 0; k < p.depth; ++k) step([&](int r) { return a[r][k * L]; });
+  } else {
+    const T* block = p.a + m * L;
+    for (int begin = 0; begin < p.depth; begin += L, block += p.a_block) {
+      const int end = p.depth - begin < L ? p.depth - begin : L;
+      for (int k = 0; k < end; ++k) step([&](int r) { return block[r * L + k]; });
+    }
+  }
+  finish.template operator()<rows, wide, T>(p, m, j, sum);
+}
+
+// As many rows at once as the registers hold: 16 of them, or 32 with AVX-512.
+template <int wide, bool transposed, typename T, typename Finish>
+void product_columns(const Product<T>& p, int j, const Finish& finish) {
+  constexpr int most = kWideBytes < 64 ? (wide == 2 ? 6 : 8) : transposed ? 8 : 12;
+  int m = 0;
+  for (; m + most <= p.rows; m += most) product_tile<most, wide, transposed>(p, m, j, finish);
+  if constexpr (most > 8) {
+    if (m + 8 <= p.rows) product_tile<8, wide, transposed>(p, m, j, finish), m += 8;
+  }
+  if (m + 4 <= p.rows) product_tile<4, wide, transposed>(p, m, j, finish), m += 4;
+  if (m + 2 <= p.rows) product_tile<2, wide, transposed>(p, m, j, finish), m += 2;
+  if (m + 1 <= p.rows) product_tile<1, wide, transposed>(p, m, j, finish);
+}
+
+template <bool transposed, typename T, typename Finish>
+void multiply(const Product<T>& p, const Finish& finish) {
+  int j = 0;
+  for (; j + 2 <= p.blocks; j += 2) product_columns<2, transposed>(p, j, finish);
+  if (j < p.blocks) product_columns<1, transposed>(p, j, finish);
+}
+
+}  // namespace
+}  // namespace rdarts

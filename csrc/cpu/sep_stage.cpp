@@ -1,0 +1,456 @@
+// Half a separable convolution and its backward; what they compute stands in stage.h:
+//   z = pointwise (depthwise relu(scale x + shift)), with its sums per channel
+// A sample and an edge at a time: relu's result lies as a padded image of blocks of channels in the
+// thread's memory, tiles of a few rows go through the depthwise and the pointwise part in the
+// first-level cache. Sums and gradients of weights belong to a sample or to a fixed chunk of samples
+// and are added in their order, so that no bit depends on the number of threads.
+#include "stage.h"
+
+#include "depthwise.h"
+#include "images.h"
+#include "launchers.h"
+#include "parallel.h"
+
+namespace rdarts {
+namespace {
+
+// The sizes of a call, in pixels and in blocks of L channels.
+struct Sizes {
+  int64_t samples, channels, height, width;            // of x
+  int64_t out_channels, out_height, out_width;         // of z
+  int64_t pad, padded_width, padded_pixels;            // of the image of y
+  int64_t out_pad, out_padded_width, out_padded_pixels;  // of the image of the gradient of d
+  int64_t tile_rows;
+  int in, out, taps, stride;  // blocks of C, blocks of O, K * K
+
+  int64_t tile() const { return tile_rows * out_width; }
+};
+
+template <typename T>
+Sizes sizes_of(const Stage& s, const Array& z) {
+  Sizes g;
+  const Array& x = s.x[0];
+  g.samples = x.shape[0], g.channels = x.shape[1], g.height = x.shape[2], g.width = x.shape[3];
+  g.out_channels = z.shape[1], g.out_height = z.shape[2], g.out_width = z.shape[3];
+  g.pad = s.dilation * (s.kernel / 2);
+  g.padded_width = g.width + 2 * g.pad;
+  g.padded_pixels = g.padded_width * (g.height + 2 * g.pad);
+  g.out_pad = s.stride == 1 ? g.pad : 0;
+  g.out_padded_width = g.out_width + 2 * g.out_pad;
+  g.out_padded_pixels = g.out_padded_width * (g.out_height + 2 * g.out_pad);
+  g.tile_rows = std::clamp<int64_t>(kTilePixels / g.out_width, 1, g.out_height);
+  g.in = blocks_of<T>(g.channels), g.out = blocks_of<T>(g.out_channels);
+  g.taps = s.kernel * s.kernel, g.stride = s.stride;
+  return g;
+}
+
+template <typename T>
+const T* row_of(const void* table, int64_t row, int64_t size) {
+  return static_cast<const T*>(table) + row * size;
+}
+
+// image = relu(scale x + shift) inside of the padding.
+template <typename T>
+void fill_image(const Pixels<T>& x, const Sizes& g, const T* scale, const T* shift, T* image) {
+  constexpr int L = kVector<T>;
+  for (int v = 0; v < g.in; ++v) {
+    const Vec<T> a = scale ? load(scale + v * L) : Vec<T>{};
+    const Vec<T> b = scale ? load(shift + v * L) : Vec<T>{};
+    for (int64_t row = 0; row < g.height; ++row) {
+      T* const to = image + (v * g.padded_pixels + (row + g.pad) * g.padded_width + g.pad) * L;
+      if (scale) {
+        x.along(row, g.width, v, [&](int64_t column, const Vec<T>& value) {
+          store<T>(to + column * L, relu<T>(a * value + b));
+        });
+      } else {
+        x.along(row, g.width, v, [&](int64_t column, const Vec<T>& value) {
+          store<T>(to + column * L, relu<T>(value));
+        });
+      }
+    }
+  }
+}
+
+// d[blocks, tile, L] = the depthwise part of `rows` rows.
+template <typename T>
+void convolve_rows(const Depthwise<T>& kernel, const T* image, const Sizes& g, const T* taps,
+                   int64_t first, int64_t rows, T* d) {
+  constexpr int L = kVector<T>;
+  for (int v = 0; v < g.in; ++v) {
+    const T* from = image + (v * g.padded_pixels + first * g.stride * g.padded_width) * L;
+    T* to = d + v * g.tile() * L;
+    for (int64_t row = 0; row < rows; ++row) {
+      kernel.convolve(from, g.padded_width, taps + v * g.taps * L, g.out_width, to);
+      from += g.stride * g.padded_width * L, to += g.out_width * L;
+    }
+  }
+}
+
+// Stores rows of z and adds them, less the pivot, to sums in the array's type.
+template <typename T>
+struct Summed {
+  const T* pivot;  // [blocks, L] each
+  T* sum;
+  T* square;
+  int64_t channels;
+
+  template <int rows, int wide, typename>
+  RDARTS_METHOD void operator()(const Product<T>& p, int m, int j, Vec<T> (&value)[rows][wide]) const {
+    constexpr int L = kVector<T>;
+    RDARTS_UNROLL
+    for (int i = 0; i < wide; ++i) {
+      const int at = (j + i) * L;
+      const Vec<T> middle = load(pivot + at);
+      Vec<T> s = load(sum + at), q = load(square + at);
+      RDARTS_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        T* const c = p.c + at + p.offset[m + r];
+        if (channels - at >= L) store<T>(c, value[r][i]);
+        else store_part<T>(c, value[r][i], channels - at);
+        const Vec<T> centred = value[r][i] - middle;
+        s += centred, q += centred * centred;
+      }
+      store<T>(sum + at, s), store<T>(square + at, q);
+    }
+  }
+};
+
+template <typename T>
+struct ForwardMemory {
+  T *image, *d, *taps, *matrix, *scale, *shift, *pivot, *sum, *square;
+
+  ForwardMemory(const Sizes& g, Parts<T>& parts) {
+    constexpr int64_t L = kVector<T>;
+    image = parts.take(g.in * g.padded_pixels * L);
+    d = parts.take(g.in * g.tile() * L);
+    taps = parts.take(g.in * g.taps * L);
+    matrix = parts.take(g.out * g.channels * L);
+    scale = parts.take(g.in * L), shift = parts.take(g.in * L);
+    pivot = parts.take(g.out * L), sum = parts.take(g.out * L), square = parts.take(g.out * L);
+  }
+};
+
+// Adds a vector of sums to doubles and clears it.
+template <typename T>
+void drain(T* sum, int64_t channels, double* sums) {
+  for (int64_t c = 0; c < channels; ++c) sums[c] += sum[c], sum[c] = T(0);
+}
+
+// One sample of one edge whose image is filled; sums: [3, O] of this sample.
+template <typename T>
+void forward_sample(const Depthwise<T>& kernel, const Sizes& g, const ForwardMemory<T>& m, const Array& z,
+                    int64_t n, const int* offset, double* sums) {
+  constexpr int L = kVector<T>;
+  const Result<T> result(z, n);
+  std::fill_n(sums, 2 * g.out_channels, 0.0);
+  for (int64_t first = 0; first < g.out_height; first += g.tile_rows) {
+    const int64_t rows = std::min(g.tile_rows, g.out_height - first);
+    convolve_rows(kernel, m.image, g, m.taps, first, rows, m.d);
+    Product<T> p = {m.d, g.tile() * L, m.matrix, g.channels * L, result.pixel(first, 0), L, offset,
+                    static_cast<int>(rows * g.out_width), static_cast<int>(g.channels), g.out};
+    if (first == 0) {  // the first pixel is the pivot
+      Product<T> one = p;
+      const int zero = 0;
+      one.c = m.pivot, one.offset = &zero, one.rows = 1;
+      multiply<false>(one, Replace{});
+      for (int64_t o = 0; o < g.out_channels; ++o) sums[2 * g.out_channels + o] = m.pivot[o];
+    }
+    multiply<false>(p, Summed<T>{m.pivot, m.sum, m.square, g.out_channels});
+    drain(m.sum, g.out_channels, sums);
+    drain(m.square, g.out_channels, sums + g.out_channels);
+  }
+}
+
+// Moves every sample's sums to the pivots of the first and adds them in their order.
+void combine(const double* partial /* [N, G, 3, O] */, int64_t samples, int edges, int64_t channels,
+             double* sums /* [3, G, O] */) {
+  const int64_t all = edges * channels;
+  std::fill_n(sums, 2 * all, 0.0);
+  for (int64_t n = 0; n < samples; ++n) {
+    for (int64_t g = 0; g < edges; ++g) {
+      const double* const own = partial + (n * edges + g) * 3 * channels;
+      for (int64_t o = 0; o < channels; ++o) {
+        double& pivot = sums[2 * all + g * channels + o];
+        if (n == 0) pivot = own[2 * channels + o];
+        sums[g * channels + o] += own[o];
+        sums[all + g * channels + o] += own[channels + o];
+      }
+    }
+  }
+}
+
+// Shifts one sample's sums over `count` pixels from its pivot to another.
+void move_pivot(double* own /* [3, O] */, const double* pivot, double count, int64_t channels) {
+  for (int64_t o = 0; o < channels; ++o) {
+    const double by = own[2 * channels + o] - pivot[o];
+    own[channels + o] += by * (2 * own[o] + by * count);
+    own[o] += by * count;
+  }
+}
+
+template <typename T>
+void forward_of(const StageForward& a, int threads) {
+  const Stage& s = a.stage;
+  const Sizes g = sizes_of<T>(s, a.z[0]);
+  const Depthwise<T> kernel = depthwise_of<T>(s.kernel, s.dilation, s.stride);
+  const int64_t own = 3 * g.out_channels, pixels = g.out_height * g.out_width;
+  std::vector<int> offset(g.tile());
+  for (int64_t i = 0; i < g.tile(); ++i) offset[i] = static_cast<int>(i * g.out_channels);
+  parallel_for(g.samples, chunk_of(g.samples), threads, [&](int64_t from, int64_t to) {
+    Parts<T> needed;
+    ForwardMemory<T>(g, needed);
+    T* const memory = scratch<T>(needed.used());
+    std::fill_n(memory, needed.used(), T(0));
+    Parts<T> parts(memory);
+    const ForwardMemory<T> m(g, parts);
+    for (int e = 0; e < s.edges; ++e) {
+      const T* const w = static_cast<const T*>(s.pointwise[e]);
+      pack_taps<T>(s.depthwise[e], g.channels, g.taps, false, m.taps);
+      pack_matrix<T>(w, g.channels, g.out_channels, 1, g.channels, m.matrix);
+      if (s.scale) {
+        pack_row<T>(row_of<T>(s.scale, e, g.channels), g.channels, m.scale);
+        pack_row<T>(row_of<T>(s.shift, e, g.channels), g.channels, m.shift);
+      }
+      for (int64_t n = from; n < to; ++n) {
+        fill_image(Pixels<T>(s.x[e], n), g, s.scale ? m.scale : nullptr, m.shift, m.image);
+        double* const sums = a.workspace + (n * s.edges + e) * own;
+        forward_sample(kernel, g, m, a.z[e], n, offset.data(), sums);
+      }
+    }
+  });
+  for (int64_t i = s.edges; i < g.samples * s.edges; ++i) {
+    const double* const first = a.workspace + i % s.edges * own;
+    move_pivot(a.workspace + i * own, first + 2 * g.out_channels, static_cast<double>(pixels),
+               g.out_channels);
+  }
+  combine(a.workspace, g.samples, s.edges, g.out_channels, a.sums);
+}
+
+template <typename T>
+struct BackwardMemory {
+  T *image, *dimage, *out, *d, *dz, *taps, *turned, *matrix, *scale, *shift, *by_g, *by_z;
+  T *constant, *sum, *product;
+
+  BackwardMemory(const Sizes& g, Parts<T>& parts) {
+    constexpr int64_t L = kVector<T>;
+    image = parts.take(g.in * g.padded_pixels * L);
+    dimage = parts.take((g.stride == 2 ? g.in * g.padded_pixels : g.width) * L);
+    out = parts.take(g.in * g.out_padded_pixels * L);
+    d = parts.take(g.in * g.tile() * L), dz = parts.take(g.out * g.tile() * L);
+    taps = parts.take(g.in * g.taps * L), turned = parts.take(g.in * g.taps * L);
+    matrix = parts.take(g.in * g.out_channels * L);
+    scale = parts.take(g.in * L), shift = parts.take(g.in * L);
+    by_g = parts.take(g.out * L), by_z = parts.take(g.out * L), constant = parts.take(g.out * L);
+    sum = parts.take(g.in * L), product = parts.take(g.in * L);
+  }
+};
+
+// dz[blocks, tile, L] = by_g g + by_z z + constant on rows of a sample.
+template <typename T>
+void gradient_rows(const StageBackward& a, const Sizes& g, const BackwardMemory<T>& m, int e,
+                   int64_t n, int64_t first, int64_t rows) {
+  constexpr int L = kVector<T>;
+  const Pixels<T> gradient(a.g[e], n), z(a.by_z ? a.z[e] : a.g[e], n);
+  const T factor = a.factors ? row_of<T>(a.factors, e, g.samples)[n] : T(1);
+  for (int v = 0; v < g.out; ++v) {
+    const Vec<T> by_g = load(m.by_g + v * L) * factor;
+    const Vec<T> by_z = load(m.by_z + v * L), constant = load(m.constant + v * L);
+    for (int64_t row = 0; row < rows; ++row) {
+      T* const to = m.dz + (v * g.tile() + row * g.out_width) * L;
+      gradient.along(first + row, g.out_width, v, [&](int64_t column, const Vec<T>& value) {
+        store<T>(to + column * L, by_g * value + constant);
+      });
+      if (!a.by_z) continue;
+      z.along(first + row, g.out_width, v, [&](int64_t column, const Vec<T>& value) {
+        store<T>(to + column * L, load(to + column * L) + by_z * value);
+      });
+    }
+  }
+}
+
+// Gradients of one edge's weights in a chunk of samples.
+template <typename T>
+struct WeightSums {
+  T* taps;    // [blocks of C, K * K, L]
+  T* matrix;  // [blocks of O, C, L]
+};
+
+// The gradient of d of a sample, and what the weights get of it.
+template <typename T>
+void through_pointwise(const StageBackward& a, const Depthwise<T>& kernel, const Sizes& g,
+                       const BackwardMemory<T>& m, int e, int64_t n, const int* offset,
+                       const WeightSums<T>* weights) {
+  constexpr int L = kVector<T>;
+  const int channels = static_cast<int>(g.channels), out = static_cast<int>(g.out_channels);
+  std::vector<int> rows_of_matrix;
+  for (int c = 0; weights && c < channels; ++c) rows_of_matrix.push_back(c * L);
+  for (int64_t first = 0; first < g.out_height; first += g.tile_rows) {
+    const int64_t rows = std::min(g.tile_rows, g.out_height - first);
+    const int pixels = static_cast<int>(rows * g.out_width);
+    gradient_rows(a, g, m, e, n, first, rows);
+    T* const to = m.out + ((first + g.out_pad) * g.out_padded_width + g.out_pad) * L;
+    multiply<false>(Product<T>{m.dz, g.tile() * L, m.matrix, g.out_channels * L, to,
+                               g.out_padded_pixels * L, offset, pixels, out, g.in},
+                    Replace{});
+    if (!weights) continue;
+    convolve_rows(kernel, m.image, g, m.taps, first, rows, m.d);
+    multiply<true>(Product<T>{m.d, g.tile() * L, m.dz, g.tile() * L, weights->matrix, channels * L,
+                              rows_of_matrix.data(), channels, pixels, g.out},
+                   Add{});
+    for (int v = 0; v < g.in; ++v) {
+      for (int64_t row = first; row < first + rows; ++row) {
+        const int64_t at = v * g.padded_pixels + row * g.stride * g.padded_width;
+        const int64_t out_at = (row + g.out_pad) * g.out_padded_width + g.out_pad;
+        kernel.gradient(m.image + at * L, g.padded_width,
+                        m.out + (v * g.out_padded_pixels + out_at) * L, g.out_width,
+                        weights->taps + v * g.taps * L);
+      }
+    }
+  }
+}
+
+// The gradient of v of a sample from that of d.
+template <typename T>
+void through_depthwise(const StageBackward& a, const Depthwise<T>& kernel, const Sizes& g,
+                       const BackwardMemory<T>& m, int e, int64_t n, double* sums /* [2, C] */) {
+  constexpr int L = kVector<T>;
+  const Result<T> result(a.dv[e], n);
+  const bool adds = a.adds[e];
+  if (g.stride == 2) std::fill_n(m.dimage, g.in * g.padded_pixels * L, T(0));
+  for (int v = 0; v < g.in; ++v) {
+    const int64_t block = v * g.padded_pixels, out_block = v * g.out_padded_pixels;
+    for (int64_t row = 0; g.stride == 2 && row < g.out_height; ++row) {
+      kernel.scatter(m.dimage + (block + row * 2 * g.padded_width) * L, g.padded_width,
+                     m.taps + v * g.taps * L, m.out + (out_block + row * g.out_width) * L,
+                     g.out_width);
+    }
+    for (int64_t row = 0; row < g.height; ++row) {
+      const int64_t at = block + (row + g.pad) * g.padded_width + g.pad;
+      const T *const y = m.image + at * L, *dv = m.dimage + at * L;
+      if (g.stride == 1) {
+        kernel.convolve_back(m.out + (out_block + row * g.out_padded_width) * L,
+                             g.out_padded_width, m.turned + v * g.taps * L, g.width, m.dimage);
+        dv = m.dimage;
+      }
+      Vec<T> sum = {}, product = {};
+      for (int64_t column = 0; column < g.width; ++column) {
+        const Vec<T> passed = load(y + column * L);
+        const Vec<T> value = where_passed<T>(load(dv + column * L), passed);
+        sum += value, product += value * passed;
+        result.set(row, column, v, value, adds);
+      }
+      if (!sums) continue;
+      const int64_t count = std::min<int64_t>(L, g.channels - v * L);
+      add_to<T>(sums + v * L, sum, count);
+      add_to<T>(sums + g.channels + v * L, product, count);
+    }
+  }
+}
+
+template <typename T>
+void pack_edge(const StageBackward& a, const Sizes& g, const BackwardMemory<T>& m, int e) {
+  const Stage& s = a.stage;
+  const T* const w = static_cast<const T*>(s.pointwise[e]);
+  pack_taps<T>(s.depthwise[e], g.channels, g.taps, false, m.taps);
+  pack_taps<T>(s.depthwise[e], g.channels, g.taps, true, m.turned);
+  pack_matrix<T>(w, g.out_channels, g.channels, g.channels, 1, m.matrix);
+  const auto row = [&](const void* table, int64_t channels, T absent, T* packed) {
+    if (table) pack_row<T>(row_of<T>(table, e, channels), channels, packed);
+    else std::fill_n(packed, channels, absent);
+  };
+  row(s.scale, g.channels, T(1), m.scale);
+  row(s.shift, g.channels, T(0), m.shift);
+  row(a.by_g, g.out_channels, T(1), m.by_g);
+  row(a.by_z, g.out_channels, T(0), m.by_z);
+  row(a.constant, g.out_channels, T(0), m.constant);
+}
+
+// Numbers of the gradients of one edge's weights in a chunk.
+template <typename T>
+int64_t weight_sums(const Sizes& g) {
+  return static_cast<int64_t>(g.in * g.taps + g.out * g.channels) * kVector<T>;
+}
+
+template <typename T>
+void unpack_weights(const StageBackward& a, const Sizes& g, const T* partial, int64_t chunks) {
+  constexpr int L = kVector<T>;
+  const int64_t own = weight_sums<T>(g), first = static_cast<int64_t>(g.in) * g.taps * L;
+  for (int e = 0; e < a.stage.edges; ++e) {
+    const auto total = [&](int64_t at) {
+      double sum = 0;
+      for (int64_t i = 0; i < chunks; ++i) sum += partial[(i * a.stage.edges + e) * own + at];
+      return static_cast<T>(sum);
+    };
+    T* const taps = static_cast<T*>(a.ddepthwise[e]);
+    T* const matrix = static_cast<T*>(a.dpointwise[e]);
+    for (int64_t c = 0; c < g.channels; ++c) {
+      for (int t = 0; t < g.taps; ++t) taps[c * g.taps + t] = total((c / L * g.taps + t) * L + c % L);
+      for (int64_t o = 0; o < g.out_channels; ++o) {
+        matrix[o * g.channels + c] = total(first + (o / L * g.channels + c) * L + o % L);
+      }
+    }
+  }
+}
+
+template <typename T>
+void backward_of(const StageBackward& a, int threads) {
+  const Stage& s = a.stage;
+  const Sizes g = sizes_of<T>(s, a.g[0]);
+  const Depthwise<T> kernel = depthwise_of<T>(s.kernel, s.dilation, s.stride);
+  const int64_t chunk = chunk_of(g.samples), chunks = (g.samples + chunk - 1) / chunk;
+  const int64_t own = weight_sums<T>(g), sums = 2 * g.channels;
+  double* const partial_sums = a.workspace;  // [N, G, 2, C]
+  T* const partial = reinterpret_cast<T*>(partial_sums + (a.sums ? g.samples * s.edges * sums : 0));
+  std::vector<int> offset(g.tile());
+  for (int64_t i = 0; i < g.tile(); ++i) {
+    const int64_t pixel = i / g.out_width * g.out_padded_width + i % g.out_width;
+    offset[i] = static_cast<int>(pixel * kVector<T>);
+  }
+  parallel_for(g.samples, chunk, threads, [&](int64_t from, int64_t to) {
+    Parts<T> needed;
+    BackwardMemory<T>(g, needed);
+    T* const memory = scratch<T>(needed.used());
+    std::fill_n(memory, needed.used(), T(0));
+    Parts<T> parts(memory);
+    const BackwardMemory<T> m(g, parts);
+    for (int e = 0; e < s.edges; ++e) {
+      pack_edge(a, g, m, e);
+      T* const first = partial + (from / chunk * s.edges + e) * own;
+      const WeightSums<T> weights = {first, first + static_cast<int64_t>(g.in) * g.taps * kVector<T>};
+      if (a.ddepthwise) std::fill_n(first, own, T(0));
+      for (int64_t n = from; n < to; ++n) {
+        double* const own_sums = a.sums ? partial_sums + (n * s.edges + e) * sums : nullptr;
+        if (own_sums) std::fill_n(own_sums, sums, 0.0);
+        fill_image(Pixels<T>(s.x[e], n), g, s.scale ? m.scale : nullptr, m.shift, m.image);
+        through_pointwise(a, kernel, g, m, e, n, offset.data(), a.ddepthwise ? &weights : nullptr);
+        if (a.dv[e].data) through_depthwise(a, kernel, g, m, e, n, own_sums);
+      }
+    }
+  });
+  if (a.ddepthwise) unpack_weights(a, g, partial, chunks);
+  if (!a.sums) return;
+  const int64_t all = s.edges * g.channels;
+  std::fill_n(a.sums, 2 * all, 0.0);
+  for (int64_t i = 0; i < g.samples * s.edges; ++i) {
+    for (int64_t c = 0; c < sums; ++c) {
+      a.sums[c / g.channels * all + i % s.edges * g.channels + c % g.channels] +=
+          partial_sums[i * sums + c];
+    }
+  }
+}
+
+}  // namespace
+
+template <>
+void sep_stage<RDARTS_UNIT>(const StageForward& a, int threads) {
+  if (a.z[0].dtype == DType::kFloat64) forward_of<double>(a, threads);
+  else forward_of<float>(a, threads);
+}
+
+template <>
+void sep_stage_backward<RDARTS_UNIT>(const StageBackward& a, int threads) {
+  if (a.g[0].dtype == DType::kFloat64) backward_of<double>(a, threads);
+  else backward_of<float>(a, threads);
+}
+
+}  // namespace rdarts

@@ -1,0 +1,71 @@
+// Vectors of channels: the unit's registers, in plain C++.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "wide.h"
+
+namespace rdarts {
+namespace {
+
+template <typename T>
+constexpr int kVector = kWideBytes / static_cast<int>(sizeof(T));  // elements a vector
+
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float Type __attribute__((vector_size(kWideBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double Type __attribute__((vector_size(kWideBytes)));
+};
+template <typename T>
+using Vec = typename VectorOf<T>::Type;
+
+template <typename T>
+RDARTS_METHOD Vec<T> load(const T* from) {
+  Vec<T> vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+template <typename T>
+RDARTS_METHOD void store(T* to, const Vec<T>& vector) {
+  std::memcpy(to, &vector, sizeof vector);
+}
+
+template <typename T>
+RDARTS_METHOD Vec<T> load_part(const T* from, int64_t count) {
+  Vec<T> vector = {};
+  std::memcpy(&vector, from, count * sizeof(T));
+  return vector;
+}
+
+template <typename T>
+RDARTS_METHOD void store_part(T* to, const Vec<T>& vector, int64_t count) {
+  std::memcpy(to, &vector, count * sizeof(T));
+}
+
+// NaN stays NaN, as in torch.
+template <typename T>
+RDARTS_METHOD Vec<T> relu(const Vec<T>& a) {
+  return a <= Vec<T>{} ? Vec<T>{} : a;
+}
+
+// a where y, a result of relu, is not 0.
+template <typename T>
+RDARTS_METHOD Vec<T> where_passed(const Vec<T>& a, const Vec<T>& y) {
+  return y <= Vec<T>{} ? Vec<T>{} : a;
+}
+
+// Adds the lanes to doubles.
+template <typename T>
+RDARTS_METHOD void add_to(double* sums, const Vec<T>& vector, int64_t count = kVector<T>) {
+  for (int64_t i = 0; i < count; ++i) sums[i] += vector[i];
+}
+
+}  // namespace
+}  // namespace rdarts
