@@ -48,6 +48,15 @@ void run(const StageBackward& arguments, const Place& place) {
   });
 }
 
+void run(const MixingForward& arguments, const Place& place) {
+  on_unit(place.unit, [&](auto unit) { mixing<decltype(unit)::value>(arguments, place.threads); });
+}
+void run(const MixingBackward& arguments, const Place& place) {
+  on_unit(place.unit, [&](auto unit) {
+    mixing_backward<decltype(unit)::value>(arguments, place.threads);
+  });
+}
+
 void sep_stage_at(int dtype, const Shape& shape, const Numbers& x, const Shape& out_shape,
                   const Numbers& z, const Geometry& geometry, const Addresses& weights,
                   Address scale, Address shift, Address buffer, const Place& place) {
@@ -87,9 +96,72 @@ void sep_stage_backward_at(int dtype, const Shape& shape, const Numbers& x, cons
   run(a, place);
 }
 
+// The sources of a mixing; `halves` addresses of weights an edge.
+Mixing mixing_of(const std::vector<Array>& x, const std::vector<const void*>& weights, int edges,
+                 int stride, Address scale, Address shift) {
+  if (x.empty() || edges < 1 || (weights.size() != edges && weights.size() != 2 * edges)) {
+    throw std::invalid_argument("weights: expected one or two an edge");
+  }
+  const int halves = static_cast<int>(weights.size()) / edges;
+  return {edges,          static_cast<int>(x.size()), halves, stride, x.data(), pointer(scale),
+          pointer(shift), weights.data()};
+}
+
+std::vector<const void*> pointers_of(const Addresses& addresses) {
+  std::vector<const void*> pointers;
+  for (const Address address : addresses) pointers.push_back(pointer(address));
+  return pointers;
+}
+
+void mixing_at(int dtype, const Shape& shape, const Numbers& x, const Shape& out_shape,
+               const Numbers& z, int stride, const Addresses& weights, Address scale,
+               Address shift, Address buffer, const Place& place) {
+  const std::vector<Array> sources = arrays_of(dtype, shape, x);
+  const std::vector<Array> out = arrays_of(dtype, out_shape, z);
+  const std::vector<const void*> w = pointers_of(weights);
+  check_cpu_dtype(out[0].dtype, place);
+  const int edges = static_cast<int>(out.size());
+  double* const sums = pointer<double>(buffer);
+  run(MixingForward{mixing_of(sources, w, edges, stride, scale, shift), out.data(), sums,
+                    sums + 3 * edges * out_shape[1]},
+      place);
+}
+
+void mixing_backward_at(int dtype, const Shape& shape, const Numbers& x, const Shape& out_shape,
+                        const Numbers& gradients, int stride, const Addresses& weights,
+                        Address scale, Address shift, const Map& map, const Numbers& dv,
+                        const std::vector<bool>& adds, const Addresses& dweights, Address buffer,
+                        const Place& place) {
+  const std::vector<Array> sources = arrays_of(dtype, shape, x);
+  const std::vector<Array> out = arrays_of(dtype, out_shape, gradients);  // G of g, then of z
+  const std::vector<const void*> w = pointers_of(weights);
+  check_cpu_dtype(out[0].dtype, place);
+  const std::vector<Array> results = arrays_of(dtype, shape, dv);
+  const std::unique_ptr<bool[]> added(new bool[adds.size()]);
+  std::copy(adds.begin(), adds.end(), added.get());
+  std::vector<void*> dweight;
+  for (const Address address : dweights) dweight.push_back(pointer(address));
+  const int edges = static_cast<int>(out.size() / 2);
+  MixingBackward a = {};
+  a.mixing = mixing_of(sources, w, edges, stride, scale, shift);
+  a.g = &out[0], a.z = &out[edges];
+  a.by_g = pointer(map[0]), a.by_z = pointer(map[1]), a.constant = pointer(map[2]);
+  a.factors = pointer(map[3]), a.dv = results.data(), a.adds = added.get();
+  a.dweights = dweight.empty() ? nullptr : dweight.data();
+  a.workspace = pointer<double>(buffer);
+  run(a, place);
+}
+
+int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
+
+// Doubles of buffer that both functions need.
+int64_t mixing_buffer(int64_t edges, int64_t sources, const Shape& shape, int64_t out_channels) {
+  const int64_t weights = (padded(out_channels) + 16) * sources * padded(shape[1]);
+  return edges * std::max(3 * out_channels * (shape[0] + 1), 16 * weights);
+}
+
 // Doubles of buffer that both need: sums and partial sums.
 int64_t stage_buffer(int64_t edges, const Shape& shape, int64_t out_channels, int64_t kernel) {
-  const auto padded = [](int64_t channels) { return (channels + 15) / 16 * 16; };
   const int64_t channels = shape[1], samples = shape[0] + 1;
   const int64_t forward = 3 * edges * out_channels * samples;
   const int64_t weights = padded(channels) * kernel * kernel + padded(out_channels) * channels;
@@ -103,6 +175,9 @@ void define_stages(py::module_& module) {
   module.def("stage_buffer", &stage_buffer, "Doubles of buffer that both functions need.");
   module.def("sep_stage", &sep_stage_at, "x..., z...; sums, then workspace.", released);
   module.def("sep_stage_backward", &sep_stage_backward_at, "x..., g..., z..., dv...", released);
+  module.def("mixing_buffer", &mixing_buffer, "Doubles of buffer that both functions need.");
+  module.def("mixing", &mixing_at, "x..., z...; sums, then workspace.", released);
+  module.def("mixing_backward", &mixing_backward_at, "x..., g..., z..., dv...", released);
 }
 
 }  // namespace rdarts

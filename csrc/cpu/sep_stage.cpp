@@ -10,6 +10,7 @@
 #include "images.h"
 #include "launchers.h"
 #include "parallel.h"
+#include "results.h"
 
 namespace rdarts {
 namespace {
@@ -42,11 +43,6 @@ Sizes sizes_of(const Stage& s, const Array& z) {
   g.in = blocks_of<T>(g.channels), g.out = blocks_of<T>(g.out_channels);
   g.taps = s.kernel * s.kernel, g.stride = s.stride;
   return g;
-}
-
-template <typename T>
-const T* row_of(const void* table, int64_t row, int64_t size) {
-  return static_cast<const T*>(table) + row * size;
 }
 
 // image = relu(scale x + shift) inside of the padding.
@@ -86,35 +82,6 @@ void convolve_rows(const Depthwise<T>& kernel, const T* image, const Sizes& g, c
   }
 }
 
-// Stores rows of z and adds them, less the pivot, to sums in the array's type.
-template <typename T>
-struct Summed {
-  const T* pivot;  // [blocks, L] each
-  T* sum;
-  T* square;
-  int64_t channels;
-
-  template <int rows, int wide, typename>
-  RDARTS_METHOD void operator()(const Product<T>& p, int m, int j, Vec<T> (&value)[rows][wide]) const {
-    constexpr int L = kVector<T>;
-    RDARTS_UNROLL
-    for (int i = 0; i < wide; ++i) {
-      const int at = (j + i) * L;
-      const Vec<T> middle = load(pivot + at);
-      Vec<T> s = load(sum + at), q = load(square + at);
-      RDARTS_UNROLL
-      for (int r = 0; r < rows; ++r) {
-        T* const c = p.c + at + p.offset[m + r];
-        if (channels - at >= L) store<T>(c, value[r][i]);
-        else store_part<T>(c, value[r][i], channels - at);
-        const Vec<T> centred = value[r][i] - middle;
-        s += centred, q += centred * centred;
-      }
-      store<T>(sum + at, s), store<T>(square + at, q);
-    }
-  }
-};
-
 template <typename T>
 struct ForwardMemory {
   T *image, *d, *taps, *matrix, *scale, *shift, *pivot, *sum, *square;
@@ -130,12 +97,6 @@ struct ForwardMemory {
   }
 };
 
-// Adds a vector of sums to doubles and clears it.
-template <typename T>
-void drain(T* sum, int64_t channels, double* sums) {
-  for (int64_t c = 0; c < channels; ++c) sums[c] += sum[c], sum[c] = T(0);
-}
-
 // One sample of one edge whose image is filled; sums: [3, O] of this sample.
 template <typename T>
 void forward_sample(const Depthwise<T>& kernel, const Sizes& g, const ForwardMemory<T>& m, const Array& z,
@@ -146,45 +107,12 @@ void forward_sample(const Depthwise<T>& kernel, const Sizes& g, const ForwardMem
   for (int64_t first = 0; first < g.out_height; first += g.tile_rows) {
     const int64_t rows = std::min(g.tile_rows, g.out_height - first);
     convolve_rows(kernel, m.image, g, m.taps, first, rows, m.d);
-    Product<T> p = {m.d, g.tile() * L, m.matrix, g.channels * L, result.pixel(first, 0), L, offset,
+    const Product<T> p = {m.d, g.tile() * L, m.matrix, g.channels * L, result.pixel(first, 0), L, offset,
                     static_cast<int>(rows * g.out_width), static_cast<int>(g.channels), g.out};
-    if (first == 0) {  // the first pixel is the pivot
-      Product<T> one = p;
-      const int zero = 0;
-      one.c = m.pivot, one.offset = &zero, one.rows = 1;
-      multiply<false>(one, Replace{});
-      for (int64_t o = 0; o < g.out_channels; ++o) sums[2 * g.out_channels + o] = m.pivot[o];
-    }
+    if (first == 0) take_pivot(p, m.pivot, g.out_channels, sums + 2 * g.out_channels);
     multiply<false>(p, Summed<T>{m.pivot, m.sum, m.square, g.out_channels});
     drain(m.sum, g.out_channels, sums);
     drain(m.square, g.out_channels, sums + g.out_channels);
-  }
-}
-
-// Moves every sample's sums to the pivots of the first and adds them in their order.
-void combine(const double* partial /* [N, G, 3, O] */, int64_t samples, int edges, int64_t channels,
-             double* sums /* [3, G, O] */) {
-  const int64_t all = edges * channels;
-  std::fill_n(sums, 2 * all, 0.0);
-  for (int64_t n = 0; n < samples; ++n) {
-    for (int64_t g = 0; g < edges; ++g) {
-      const double* const own = partial + (n * edges + g) * 3 * channels;
-      for (int64_t o = 0; o < channels; ++o) {
-        double& pivot = sums[2 * all + g * channels + o];
-        if (n == 0) pivot = own[2 * channels + o];
-        sums[g * channels + o] += own[o];
-        sums[all + g * channels + o] += own[channels + o];
-      }
-    }
-  }
-}
-
-// Shifts one sample's sums over `count` pixels from its pivot to another.
-void move_pivot(double* own /* [3, O] */, const double* pivot, double count, int64_t channels) {
-  for (int64_t o = 0; o < channels; ++o) {
-    const double by = own[2 * channels + o] - pivot[o];
-    own[channels + o] += by * (2 * own[o] + by * count);
-    own[o] += by * count;
   }
 }
 
@@ -218,18 +146,13 @@ void forward_of(const StageForward& a, int threads) {
       }
     }
   });
-  for (int64_t i = s.edges; i < g.samples * s.edges; ++i) {
-    const double* const first = a.workspace + i % s.edges * own;
-    move_pivot(a.workspace + i * own, first + 2 * g.out_channels, static_cast<double>(pixels),
-               g.out_channels);
-  }
-  combine(a.workspace, g.samples, s.edges, g.out_channels, a.sums);
+  combine(a.workspace, g.samples, s.edges, pixels, g.out_channels, a.sums);
 }
 
 template <typename T>
 struct BackwardMemory {
-  T *image, *dimage, *out, *d, *dz, *taps, *turned, *matrix, *scale, *shift, *by_g, *by_z;
-  T *constant, *sum, *product;
+  T *image, *dimage, *out, *d, *dz, *taps, *turned, *matrix, *scale, *shift;
+  GradientMap<T> map;
 
   BackwardMemory(const Sizes& g, Parts<T>& parts) {
     constexpr int64_t L = kVector<T>;
@@ -240,33 +163,9 @@ struct BackwardMemory {
     taps = parts.take(g.in * g.taps * L), turned = parts.take(g.in * g.taps * L);
     matrix = parts.take(g.in * g.out_channels * L);
     scale = parts.take(g.in * L), shift = parts.take(g.in * L);
-    by_g = parts.take(g.out * L), by_z = parts.take(g.out * L), constant = parts.take(g.out * L);
-    sum = parts.take(g.in * L), product = parts.take(g.in * L);
+    map = GradientMap<T>(g.out, parts);
   }
 };
-
-// dz[blocks, tile, L] = by_g g + by_z z + constant on rows of a sample.
-template <typename T>
-void gradient_rows(const StageBackward& a, const Sizes& g, const BackwardMemory<T>& m, int e,
-                   int64_t n, int64_t first, int64_t rows) {
-  constexpr int L = kVector<T>;
-  const Pixels<T> gradient(a.g[e], n), z(a.by_z ? a.z[e] : a.g[e], n);
-  const T factor = a.factors ? row_of<T>(a.factors, e, g.samples)[n] : T(1);
-  for (int v = 0; v < g.out; ++v) {
-    const Vec<T> by_g = load(m.by_g + v * L) * factor;
-    const Vec<T> by_z = load(m.by_z + v * L), constant = load(m.constant + v * L);
-    for (int64_t row = 0; row < rows; ++row) {
-      T* const to = m.dz + (v * g.tile() + row * g.out_width) * L;
-      gradient.along(first + row, g.out_width, v, [&](int64_t column, const Vec<T>& value) {
-        store<T>(to + column * L, by_g * value + constant);
-      });
-      if (!a.by_z) continue;
-      z.along(first + row, g.out_width, v, [&](int64_t column, const Vec<T>& value) {
-        store<T>(to + column * L, load(to + column * L) + by_z * value);
-      });
-    }
-  }
-}
 
 // Gradients of one edge's weights in a chunk of samples.
 template <typename T>
@@ -282,12 +181,13 @@ void through_pointwise(const StageBackward& a, const Depthwise<T>& kernel, const
                        const WeightSums<T>* weights) {
   constexpr int L = kVector<T>;
   const int channels = static_cast<int>(g.channels), out = static_cast<int>(g.out_channels);
+  const Pixels<T> gradient(a.g[e], n), z(a.by_z ? a.z[e] : a.g[e], n);
   std::vector<int> rows_of_matrix;
   for (int c = 0; weights && c < channels; ++c) rows_of_matrix.push_back(c * L);
   for (int64_t first = 0; first < g.out_height; first += g.tile_rows) {
     const int64_t rows = std::min(g.tile_rows, g.out_height - first);
     const int pixels = static_cast<int>(rows * g.out_width);
-    gradient_rows(a, g, m, e, n, first, rows);
+    gradient_rows(gradient, a.by_z ? &z : nullptr, m.map, first, rows, g.out_width, g.tile(), m.dz);
     T* const to = m.out + ((first + g.out_pad) * g.out_padded_width + g.out_pad) * L;
     multiply<false>(Product<T>{m.dz, g.tile() * L, m.matrix, g.out_channels * L, to,
                                g.out_padded_pixels * L, offset, pixels, out, g.in},
@@ -354,15 +254,11 @@ void pack_edge(const StageBackward& a, const Sizes& g, const BackwardMemory<T>& 
   pack_taps<T>(s.depthwise[e], g.channels, g.taps, false, m.taps);
   pack_taps<T>(s.depthwise[e], g.channels, g.taps, true, m.turned);
   pack_matrix<T>(w, g.out_channels, g.channels, g.channels, 1, m.matrix);
-  const auto row = [&](const void* table, int64_t channels, T absent, T* packed) {
-    if (table) pack_row<T>(row_of<T>(table, e, channels), channels, packed);
-    else std::fill_n(packed, channels, absent);
-  };
-  row(s.scale, g.channels, T(1), m.scale);
-  row(s.shift, g.channels, T(0), m.shift);
-  row(a.by_g, g.out_channels, T(1), m.by_g);
-  row(a.by_z, g.out_channels, T(0), m.by_z);
-  row(a.constant, g.out_channels, T(0), m.constant);
+  if (s.scale) {
+    pack_row<T>(row_of<T>(s.scale, e, g.channels), g.channels, m.scale);
+    pack_row<T>(row_of<T>(s.shift, e, g.channels), g.channels, m.shift);
+  }
+  m.map.pack(a.by_g, a.by_z, a.constant, e * g.out_channels, g.out_channels);
 }
 
 // Numbers of the gradients of one edge's weights in a chunk.
@@ -422,6 +318,7 @@ void backward_of(const StageBackward& a, int threads) {
         double* const own_sums = a.sums ? partial_sums + (n * s.edges + e) * sums : nullptr;
         if (own_sums) std::fill_n(own_sums, sums, 0.0);
         fill_image(Pixels<T>(s.x[e], n), g, s.scale ? m.scale : nullptr, m.shift, m.image);
+        m.map.take_factor(a.factors, e * g.samples + n);
         through_pointwise(a, kernel, g, m, e, n, offset.data(), a.ddepthwise ? &weights : nullptr);
         if (a.dv[e].data) through_depthwise(a, kernel, g, m, e, n, own_sums);
       }

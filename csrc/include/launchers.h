@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "mixing.h"
 #include "node_sum.h"
 #include "philox.h"
 #include "place.h"
@@ -36,7 +37,11 @@ void normalize(const Normalization& arguments);
 template <Unit unit>
 void normalize_backward(const NormalizationBackward& arguments);
 
-// stage.h
+// stage.h and mixing.h
+template <Unit unit>
+void mixing(const MixingForward& arguments, int threads);
+template <Unit unit>
+void mixing_backward(const MixingBackward& arguments, int threads);
 template <Unit unit>
 void sep_stage(const StageForward& arguments, int threads);
 template <Unit unit>

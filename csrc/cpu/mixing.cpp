@@ -1,0 +1,326 @@
+// 1x1 convolutions below a ReLU and their backward; what they compute stands in mixing.h:
+//   z_g = weights_g relu(scale x + shift), x the channels of all sources, with z's sums per channel
+// A tile of a few rows of all sources lies in the thread's memory, in blocks of L channels, and
+// serves every edge. Sums and gradients of weights are added in a fixed order, as in sep_stage.cpp.
+#include "mixing.h"
+
+#include "launchers.h"
+#include "parallel.h"
+#include "results.h"
+
+namespace rdarts {
+namespace {
+
+struct Sizes {
+  int64_t samples, channels, height, width;     // of a source
+  int64_t out_channels, out_height, out_width;  // of z
+  int64_t tile_rows;
+  int blocks;  // of a source's channels
+  int depth;   // numbers along all sources, whole blocks
+
+  int64_t tile() const { return tile_rows * out_width; }
+};
+
+template <typename T>
+Sizes sizes_of(const Mixing& m, const Array& z) {
+  Sizes g;
+  const Array& x = m.x[0];
+  g.samples = x.shape[0], g.channels = x.shape[1], g.height = x.shape[2], g.width = x.shape[3];
+  g.out_channels = z.shape[1], g.out_height = z.shape[2], g.out_width = z.shape[3];
+  g.tile_rows = std::clamp<int64_t>(kTilePixels / g.out_width, 1, g.out_height);
+  g.blocks = blocks_of<T>(g.channels);
+  g.depth = m.sources * g.blocks * kVector<T>;
+  return g;
+}
+
+// The channels of a half as a tensor of their own.
+template <typename T>
+Array half_of(const Array& a, const Mixing& m, int half) {
+  Array part = a;
+  part.shape[1] = channels_of_half(m, a.shape[1], half);
+  if (half == 1) {
+    part.data = static_cast<T*>(a.data) + channels_of_half(m, a.shape[1], 0) * a.strides[1];
+  }
+  return part;
+}
+
+// One half of one edge.
+template <typename T>
+struct Half {
+  int64_t channels, first;  // of z
+  int blocks;
+  T* forward;   // B of the forward: [blocks of O, depth, L]
+  T* backward;  // B of the backward: [blocks of all sources, O, L]
+  T *pivot, *sum, *square;
+  GradientMap<T> map;
+
+  Half(const Mixing& m, const Sizes& g, int half, Parts<T>& parts) {
+    constexpr int64_t L = kVector<T>;
+    channels = channels_of_half(m, g.out_channels, half);
+    first = half == 1 ? channels_of_half(m, g.out_channels, 0) : 0;
+    blocks = blocks_of<T>(channels);
+    forward = parts.take(blocks * L * g.depth);
+    backward = parts.take(channels * g.depth);
+    pivot = parts.take(blocks * L), sum = parts.take(blocks * L), square = parts.take(blocks * L);
+    map = GradientMap<T>(blocks, parts);
+  }
+
+  // Each source's columns of the weights [O, M C] begin a new block.
+  void pack(const Mixing& m, const Sizes& g, const void* weights) const {
+    constexpr int L = kVector<T>;
+    const T* const w = static_cast<const T*>(weights);
+    const int64_t row = m.sources * g.channels;
+    for (int64_t k = 0; k < g.depth; ++k) {
+      const int64_t source = k / (g.blocks * L), c = k % (g.blocks * L);
+      for (int64_t o = 0; o < blocks * L; ++o) {
+        const bool inside = o < channels && c < g.channels;
+        const T value = inside ? w[o * row + source * g.channels + c] : T(0);
+        forward[(o / L * g.depth + k) * L + o % L] = value;
+        if (o < channels) backward[(k / L * channels + o) * L + k % L] = value;
+      }
+    }
+  }
+};
+
+template <typename T>
+struct Memory {
+  T *y, *dy, *dz, *scale, *shift;
+  std::vector<Half<T>> halves;  // [G, halves]
+
+  Memory(const Mixing& m, const Sizes& g, Parts<T>& parts) {
+    const int64_t tile = g.depth * g.tile();
+    y = parts.take(m.halves * tile), dy = parts.take(m.halves * tile);
+    dz = parts.take(blocks_of<T>(g.out_channels) * kVector<T> * g.tile());
+    scale = parts.take(g.depth), shift = parts.take(g.depth);
+    for (int i = 0; i < m.edges * m.halves; ++i) halves.emplace_back(m, g, i % m.halves, parts);
+  }
+
+  void pack(const Mixing& m, const Sizes& g) const {
+    for (size_t i = 0; i < halves.size(); ++i) {
+      if (halves[i].channels > 0) halves[i].pack(m, g, m.weights[i]);
+    }
+    for (int s = 0; s < m.sources && m.scale; ++s) {
+      const int64_t at = static_cast<int64_t>(s) * g.blocks * kVector<T>;
+      pack_row<T>(row_of<T>(m.scale, s, g.channels), g.channels, scale + at);
+      pack_row<T>(row_of<T>(m.shift, s, g.channels), g.channels, shift + at);
+    }
+  }
+};
+
+// body(memory) in every thread, over the samples [from, to) of a chunk.
+template <typename T, typename Body>
+void in_chunks(const Mixing& m, const Sizes& g, int threads, const Body& body) {
+  parallel_for(g.samples, chunk_of(g.samples), threads, [&](int64_t from, int64_t to) {
+    Parts<T> needed;
+    Memory<T>(m, g, needed);
+    T* const memory = scratch<T>(needed.used());
+    std::fill_n(memory, needed.used(), T(0));
+    Parts<T> parts(memory);
+    const Memory<T> own(m, g, parts);
+    own.pack(m, g);
+    body(own, from, to);
+  });
+}
+
+// y[halves, blocks of all sources, tile, L] of `rows` rows of a sample.
+template <typename T>
+void fill_tile(const Mixing& m, const Sizes& g, const Memory<T>& memory, int64_t n, int64_t first,
+               int64_t rows) {
+  constexpr int L = kVector<T>;
+  for (int i = 0; i < m.sources * g.blocks; ++i) {
+    const Pixels<T> x(m.x[i / g.blocks], n);
+    const Vec<T> scale = load(memory.scale + i * L), shift = load(memory.shift + i * L);
+    for (int half = 0; half < m.halves; ++half) {
+      T* const to = memory.y + half * g.depth * g.tile() + i * g.tile() * L;
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t from = m.stride * (first + row) + half;
+        for (int64_t column = 0; column < g.out_width; ++column) {
+          const int64_t at = m.stride * column + half;
+          Vec<T> value = {};
+          if (from < g.height && at < g.width) {
+            value = x.get(from, at, i % g.blocks);
+            if (m.scale) value = scale * value + shift;
+          }
+          store<T>(to + (row * g.out_width + column) * L, relu<T>(value));
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void forward_sample(const MixingForward& a, const Sizes& g, const Memory<T>& memory, int64_t n,
+                    const int* offset, double* sums /* [G, 3, O] */) {
+  constexpr int L = kVector<T>;
+  const Mixing& m = a.mixing;
+  const int64_t own = 3 * g.out_channels;
+  std::fill_n(sums, m.edges * own, 0.0);
+  for (int64_t first = 0; first < g.out_height; first += g.tile_rows) {
+    const int64_t rows = std::min(g.tile_rows, g.out_height - first);
+    fill_tile(m, g, memory, n, first, rows);
+    for (int i = 0; i < m.edges * m.halves; ++i) {
+      const Half<T>& half = memory.halves[i];
+      if (half.channels == 0) continue;
+      T* const z = Result<T>(a.z[i / m.halves], n).pixel(first, 0) + half.first;
+      const T* const y = memory.y + i % m.halves * g.depth * g.tile();
+      const Product<T> p = {y, g.tile() * L, half.forward, int64_t{g.depth} * L, z, L, offset,
+                            static_cast<int>(rows * g.out_width), g.depth, half.blocks};
+      double* const at = sums + i / m.halves * own + half.first;
+      if (first == 0) take_pivot(p, half.pivot, half.channels, at + 2 * g.out_channels);
+      multiply<false>(p, Summed<T>{half.pivot, half.sum, half.square, half.channels});
+      drain(half.sum, half.channels, at);
+      drain(half.square, half.channels, at + g.out_channels);
+    }
+  }
+}
+
+template <typename T>
+void forward_of(const MixingForward& a, int threads) {
+  const Mixing& m = a.mixing;
+  const Sizes g = sizes_of<T>(m, a.z[0]);
+  std::vector<int> offset(g.tile());
+  for (int64_t i = 0; i < g.tile(); ++i) offset[i] = static_cast<int>(i * g.out_channels);
+  in_chunks<T>(m, g, threads, [&](const Memory<T>& memory, int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; ++n) {
+      double* const sums = a.workspace + n * m.edges * 3 * g.out_channels;
+      forward_sample(a, g, memory, n, offset.data(), sums);
+    }
+  });
+  combine(a.workspace, g.samples, m.edges, g.out_height * g.out_width, g.out_channels, a.sums);
+}
+
+// Writes the gradients of a tile's rows of all sources, or adds them.
+template <typename T>
+void scatter_tile(const MixingBackward& a, const Sizes& g, const Memory<T>& memory, int64_t n,
+                  int64_t first, int64_t rows) {
+  constexpr int L = kVector<T>;
+  const Mixing& m = a.mixing;
+  for (int i = 0; i < m.sources * g.blocks; ++i) {
+    if (!a.dv[i / g.blocks].data) continue;
+    const Result<T> dv(a.dv[i / g.blocks], n);
+    for (int half = 0; half < m.halves; ++half) {
+      const int64_t tile = half * g.depth * g.tile() + i * g.tile() * L;
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t to = m.stride * (first + row) + half;
+        for (int64_t column = 0; column < g.out_width && to < g.height; ++column) {
+          const int64_t at = m.stride * column + half;
+          if (at >= g.width) continue;
+          const int64_t from = tile + (row * g.out_width + column) * L;
+          const Vec<T> value = where_passed<T>(load(memory.dy + from), load(memory.y + from));
+          dv.set(to, at, i % g.blocks, value, a.adds[i / g.blocks] || m.stride > 1);
+        }
+      }
+    }
+  }
+}
+
+// Numbers of the gradients of all weights in a chunk, and where those of a half begin: [blocks of O,
+// depth, L].
+template <typename T>
+int64_t weight_sums(const Mixing& m, const Sizes& g, int halves) {
+  int64_t size = 0;
+  for (int i = 0; i < halves; ++i) {
+    const int64_t channels = channels_of_half(m, g.out_channels, i % m.halves);
+    size += int64_t{blocks_of<T>(channels)} * kVector<T> * g.depth;
+  }
+  return size;
+}
+
+template <typename T>
+void backward_sample(const MixingBackward& a, const Sizes& g, const Memory<T>& memory, int64_t n,
+                     const int* offset, T* weights /* or null */) {
+  constexpr int L = kVector<T>;
+  const Mixing& m = a.mixing;
+  const int64_t tile = g.tile() * L;
+  for (int s = 0; s < m.sources && m.stride > 1; ++s) {  // most pixels are in no half
+    if (!a.dv[s].data || a.adds[s]) continue;
+    std::fill_n(Result<T>(a.dv[s], n).pixel(0, 0), g.channels * g.height * g.width, T(0));
+  }
+  for (int64_t first = 0; first < g.out_height; first += g.tile_rows) {
+    const int64_t rows = std::min(g.tile_rows, g.out_height - first);
+    const int pixels = static_cast<int>(rows * g.out_width);
+    fill_tile(m, g, memory, n, first, rows);
+    for (int i = 0; i < m.edges * m.halves; ++i) {
+      const Half<T>& half = memory.halves[i];
+      if (half.channels == 0) continue;
+      const int e = i / m.halves, side = i % m.halves;
+      const Pixels<T> gradient(half_of<T>(a.g[e], m, side), n);
+      const Pixels<T> z(half_of<T>(a.by_z ? a.z[e] : a.g[e], m, side), n);
+      half.map.take_factor(a.factors, e * g.samples + n);
+      gradient_rows(gradient, a.by_z ? &z : nullptr, half.map, first, rows, g.out_width, g.tile(),
+                    memory.dz);
+      const int64_t own = side * g.depth * g.tile();
+      const Product<T> back = {memory.dz, tile, half.backward, half.channels * L, memory.dy + own,
+                               tile, offset, pixels, static_cast<int>(half.channels), g.depth / L};
+      if (e == 0) multiply<false>(back, Replace{});
+      else multiply<false>(back, Add{});
+      if (!weights) continue;
+      T* const sums = weights + weight_sums<T>(m, g, i);
+      multiply<true>(Product<T>{memory.y + own, tile, memory.dz, tile, sums, int64_t{g.depth} * L,
+                                offset, g.depth, pixels, half.blocks},
+                     Add{});
+    }
+    scatter_tile(a, g, memory, n, first, rows);
+  }
+}
+
+template <typename T>
+void unpack_weights(const MixingBackward& a, const Sizes& g, const T* partial, int64_t chunks) {
+  constexpr int L = kVector<T>;
+  const Mixing& m = a.mixing;
+  const int64_t own = weight_sums<T>(m, g, m.edges * m.halves);
+  for (int i = 0; i < m.edges * m.halves; ++i) {
+    const int64_t first = weight_sums<T>(m, g, i), row = m.sources * g.channels;
+    T* const to = static_cast<T*>(a.dweights[i]);
+    for (int64_t o = 0; o < channels_of_half(m, g.out_channels, i % m.halves); ++o) {
+      for (int64_t k = 0; k < row; ++k) {
+        const int64_t at = k / g.channels * g.blocks * L + k % g.channels;
+        double sum = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          sum += partial[chunk * own + first + (o / L * g.depth + at) * L + o % L];
+        }
+        to[o * row + k] = static_cast<T>(sum);
+      }
+    }
+  }
+}
+
+template <typename T>
+void backward_of(const MixingBackward& a, int threads) {
+  const Mixing& m = a.mixing;
+  const Sizes g = sizes_of<T>(m, a.g[0]);
+  const int64_t chunk = chunk_of(g.samples), chunks = (g.samples + chunk - 1) / chunk;
+  const int64_t own = weight_sums<T>(m, g, m.edges * m.halves);
+  T* const partial = reinterpret_cast<T*>(a.workspace);  // [chunks, own]
+  std::vector<int> offset(std::max<int64_t>(g.tile(), g.depth));
+  for (size_t i = 0; i < offset.size(); ++i) offset[i] = static_cast<int>(i * kVector<T>);
+  in_chunks<T>(m, g, threads, [&](const Memory<T>& memory, int64_t from, int64_t to) {
+    T* const weights = a.dweights ? partial + from / chunk * own : nullptr;
+    if (weights) std::fill_n(weights, own, T(0));
+    for (int i = 0; i < m.edges * m.halves; ++i) {
+      const Half<T>& half = memory.halves[i];
+      const int64_t first = i / m.halves * g.out_channels + half.first;
+      half.map.pack(a.by_g, a.by_z, a.constant, first, half.channels);
+    }
+    for (int64_t n = from; n < to; ++n) {
+      backward_sample(a, g, memory, n, offset.data(), weights);
+    }
+  });
+  if (a.dweights) unpack_weights(a, g, partial, chunks);
+}
+
+}  // namespace
+
+template <>
+void mixing<RDARTS_UNIT>(const MixingForward& a, int threads) {
+  if (a.z[0].dtype == DType::kFloat64) forward_of<double>(a, threads);
+  else forward_of<float>(a, threads);
+}
+
+template <>
+void mixing_backward<RDARTS_UNIT>(const MixingBackward& a, int threads) {
+  if (a.g[0].dtype == DType::kFloat64) backward_of<double>(a, threads);
+  else backward_of<float>(a, threads);
+}
+
+}  // namespace rdarts

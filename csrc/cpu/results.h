@@ -1,0 +1,130 @@
+// What the convolution stages make of a tile of results on the CPU: rows of z with their sums per
+// channel, and the gradient of z from that of what z enters.
+#pragma once
+
+#include "images.h"
+#include "matmul.h"
+
+namespace rdarts {
+namespace {
+
+template <typename T>
+const T* row_of(const void* table, int64_t row, int64_t size) {
+  return static_cast<const T*>(table) + row * size;
+}
+
+// Stores rows of z and adds them, less the pivot, to sums in the array's type.
+template <typename T>
+struct Summed {
+  const T* pivot;  // [blocks, L] each
+  T* sum;
+  T* square;
+  int64_t channels;
+
+  template <int rows, int wide, typename>
+  RDARTS_METHOD void operator()(const Product<T>& p, int m, int j, Vec<T> (&value)[rows][wide]) const {
+    constexpr int L = kVector<T>;
+    RDARTS_UNROLL
+    for (int i = 0; i < wide; ++i) {
+      const int at = (j + i) * L;
+      const Vec<T> middle = load(pivot + at);
+      Vec<T> s = load(sum + at), q = load(square + at);
+      RDARTS_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        T* const c = p.c + at + p.offset[m + r];
+        if (channels - at >= L) store<T>(c, value[r][i]);
+        else store_part<T>(c, value[r][i], channels - at);
+        const Vec<T> centred = value[r][i] - middle;
+        s += centred, q += centred * centred;
+      }
+      store<T>(sum + at, s), store<T>(square + at, q);
+    }
+  }
+};
+
+// Adds a vector of sums to doubles and clears it.
+template <typename T>
+void drain(T* sum, int64_t channels, double* sums) {
+  for (int64_t c = 0; c < channels; ++c) sums[c] += sum[c], sum[c] = T(0);
+}
+
+// The first row of a product as the pivot, which goes to `pivots` too.
+template <typename T>
+void take_pivot(const Product<T>& p, T* pivot, int64_t channels, double* pivots) {
+  Product<T> one = p;
+  const int zero = 0;
+  one.c = pivot, one.c_block = kVector<T>, one.offset = &zero, one.rows = 1;
+  multiply<false>(one, Replace{});
+  for (int64_t o = 0; o < channels; ++o) pivots[o] = pivot[o];
+}
+
+// Moves every sample's sums over `pixels` pixels to the pivots of the first and adds them in their
+// order.
+inline void combine(const double* partial /* [N, G, 3, O] */, int64_t samples, int edges,
+                    int64_t pixels, int64_t channels, double* sums /* [3, G, O] */) {
+  const int64_t all = edges * channels;
+  std::fill_n(sums, 2 * all, 0.0);
+  for (int64_t n = 0; n < samples; ++n) {
+    for (int64_t g = 0; g < edges; ++g) {
+      const double* const own = partial + (n * edges + g) * 3 * channels;
+      for (int64_t o = 0; o < channels; ++o) {
+        double& pivot = sums[2 * all + g * channels + o];
+        if (n == 0) pivot = own[2 * channels + o];
+        const double by = own[2 * channels + o] - pivot;
+        sums[g * channels + o] += own[o] + by * pixels;
+        sums[all + g * channels + o] += own[channels + o] + by * (2 * own[o] + by * pixels);
+      }
+    }
+  }
+}
+
+// dz = factor * by_g * g + by_z * z + constant of one edge, its coefficients in blocks [blocks, L].
+template <typename T>
+struct GradientMap {
+  int blocks = 0;
+  T *by_g = nullptr, *by_z = nullptr, *constant = nullptr, *factor = nullptr;
+
+  GradientMap() = default;
+  GradientMap(int count, Parts<T>& parts) : blocks(count) {
+    constexpr int64_t L = kVector<T>;
+    by_g = parts.take(blocks * L), by_z = parts.take(blocks * L);
+    constant = parts.take(blocks * L), factor = parts.take(1);
+  }
+
+  // Takes `channels` numbers of each table from `first` on; a null table is ones, zeros, zeros.
+  void pack(const void* g, const void* z, const void* rest, int64_t first, int64_t channels) const {
+    const auto row = [&](const void* table, T absent, T* packed) {
+      if (table) pack_row<T>(row_of<T>(table, first, 1), channels, packed);
+      else std::fill_n(packed, channels, absent);
+    };
+    row(g, T(1), by_g), row(z, T(0), by_z), row(rest, T(0), constant);
+  }
+
+  void take_factor(const void* factors, int64_t at) const {
+    *factor = factors ? *row_of<T>(factors, at, 1) : T(1);
+  }
+};
+
+// dz[blocks, tile, L] on `rows` rows of a sample.
+template <typename T>
+void gradient_rows(const Pixels<T>& g, const Pixels<T>* z, const GradientMap<T>& map, int64_t first,
+                   int64_t rows, int64_t width, int64_t tile, T* dz) {
+  constexpr int L = kVector<T>;
+  for (int v = 0; v < map.blocks; ++v) {
+    const Vec<T> by_g = load(map.by_g + v * L) * *map.factor;
+    const Vec<T> by_z = load(map.by_z + v * L), constant = load(map.constant + v * L);
+    for (int64_t row = 0; row < rows; ++row) {
+      T* const to = dz + (v * tile + row * width) * L;
+      g.along(first + row, width, v, [&](int64_t column, const Vec<T>& value) {
+        store<T>(to + column * L, by_g * value + constant);
+      });
+      if (!z) continue;
+      z->along(first + row, width, v, [&](int64_t column, const Vec<T>& value) {
+        store<T>(to + column * L, load(to + column * L) + by_z * value);
+      });
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rdarts

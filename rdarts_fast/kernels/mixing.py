@@ -1,0 +1,232 @@
+"""1x1 convolutions below a ReLU: a cell's preprocessing and FactorizedReduce (DARTS's operations.py).
+
+    y = relu(scale * x + shift)                               or relu(x), the channels of M sources
+    z[g] = the first half of its channels from weights[g][0] y, the second from weights[g][1] of y
+           shifted by one pixel down and right; at stride 1 all of them from weights[g][0]
+
+G edges share the sources; z's sums for the next batch norm come from the same pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from rdarts_fast import native
+from rdarts_fast.kernels import array
+from rdarts_fast.kernels.node_sum import node_sum_dq
+from rdarts_fast.kernels.sep_stage import Affine
+
+
+class Sources(NamedTuple):
+    """What forward and backward take alike.
+
+    x: M tensors [N, C, H, W], any strides. weights: for each of G edges one [O, M C, 1, 1], or two
+    whose O add up, the first the larger. scale, shift: [M, C], both or none.
+    """
+
+    x: Sequence[Tensor]
+    weights: Sequence[Sequence[Tensor]]
+    stride: int
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def out_shape(self) -> tuple[int, int, int, int]:
+        """Return (N, O, H', W')."""
+        n, _, h, w = self.x[0].shape
+        channels = sum(half.shape[0] for half in self.weights[0])
+        return n, channels, (h + self.stride - 1) // self.stride, (w + self.stride - 1) // self.stride
+
+
+def mixing(
+    x: Sequence[Tensor],
+    weights: Sequence[Sequence[Tensor]],
+    *,
+    stride: int = 1,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> list[Tensor]:
+    """Return G tensors z[g], [N, O, ceil(H / stride), ceil(W / stride)], channels innermost.
+
+    x: M tensors [N, C, H, W], M from 1 to 64, any strides. weights: for each edge [O, M C, 1, 1],
+    or two such whose O are half and half (the first has one more where O is odd), the second for
+    pixels shifted by (1, 1), zeros past the edge. stride: 1 or 2. scale, shift: [M, C], both or
+    none. float32 or float64; CPU. Differentiable, twice and more, in all tensors. Raises TypeError
+    and ValueError.
+    """
+    _check(x, weights, stride, scale, shift)
+    halves = len(weights[0])
+    flat = [half for edge in weights for half in edge]
+    return list(_Mixing.apply(stride, halves, len(x), scale, shift, *x, *flat))
+
+
+def mixing_twin(sources: Sources) -> list[Tensor]:
+    """Return mixing(...) in plain torch."""
+    x = list(sources.x)
+    if sources.scale is not None and sources.shift is not None:
+        rows = zip(x, sources.scale, sources.shift, strict=True)
+        x = [one * a.view(-1, 1, 1) + b.view(-1, 1, 1) for one, a, b in rows]
+    y = F.relu(torch.cat(x, dim=1))
+    moved = F.pad(y, (0, 1, 0, 1))[:, :, 1:, 1:]  # zeros past the edge
+    results = []
+    for edge in sources.weights:
+        halves = zip((y, moved), edge, strict=False)
+        parts = [F.conv2d(part, half, stride=sources.stride) for part, half in halves]
+        results.append(torch.cat(parts, dim=1))
+    return results
+
+
+def launch_mixing(sources: Sources) -> tuple[list[Tensor], Tensor]:
+    """Return z and its sums about a pivot, of squares, and the pivots: [3, G, O], float64."""
+    x, shape, edges = sources.x, sources.out_shape(), len(sources.weights)
+    z = [array.empty(x[0], shape, torch.channels_last) for _ in sources.weights]
+    buffer = _buffer(sources)
+    native.extension.mixing(
+        array.DTYPES[x[0].dtype],
+        tuple(x[0].shape),
+        array.flat(x),
+        shape,
+        array.flat(z),
+        sources.stride,
+        [half.data_ptr() for edge in sources.weights for half in edge],
+        array.address(sources.scale),
+        array.address(sources.shift),
+        buffer.data_ptr(),
+        native.place(x[0].device),
+    )
+    return z, buffer[: 3 * edges * shape[1]].view(3, edges, shape[1])
+
+
+def launch_mixing_backward(
+    sources: Sources,
+    g: Sequence[Tensor],
+    z: Sequence[Tensor | None],
+    affine: Affine,
+    dv: Sequence[Tensor | None],
+    adds: Sequence[bool],
+    *,
+    wants_weights: bool,
+) -> list[Tensor]:
+    """Fill dv[m], the gradient of scale * x + shift below the ReLU, or add to it where adds[m].
+
+    g: G gradients [N, O, H', W'], any strides. dv: dense, channels innermost. Return the gradients
+    of the weights, if wanted, in their order.
+    """
+    x, buffer = sources.x, _buffer(sources)
+    weights = [half for edge in sources.weights for half in edge]
+    dweights = [torch.empty_like(half) for half in weights] if wants_weights else []
+    native.extension.mixing_backward(
+        array.DTYPES[x[0].dtype],
+        tuple(x[0].shape),
+        array.flat(x),
+        sources.out_shape(),
+        array.flat((*g, *z)),
+        sources.stride,
+        [half.data_ptr() for half in weights],
+        array.address(sources.scale),
+        array.address(sources.shift),
+        tuple(map(array.address, affine)),
+        array.flat(dv),
+        adds,
+        [half.data_ptr() for half in dweights],
+        buffer.data_ptr(),
+        native.place(x[0].device),
+    )
+    return dweights
+
+
+def _buffer(sources: Sources) -> Tensor:
+    x = sources.x[0]
+    size = native.extension.mixing_buffer(
+        len(sources.weights), len(sources.x), tuple(x.shape), sources.out_shape()[1]
+    )
+    return torch.empty(size, dtype=torch.float64, device=x.device)
+
+
+def _check(
+    x: Sequence[Tensor],
+    weights: Sequence[Sequence[Tensor]],
+    stride: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    array.check_inputs(x, "x")
+    m, c = len(x), x[0].shape[1]
+    if stride not in (1, 2):
+        raise ValueError(f"stride: expected 1 or 2, got {stride}")
+    if not weights or any(isinstance(edge, Tensor) or len(edge) not in (1, 2) for edge in weights):
+        raise ValueError("weights: expected one or two tensors for each edge")
+    first = weights[0]
+    for e, edge in enumerate(weights):
+        if len(edge) != len(first):
+            raise ValueError(f"weights[{e}]: expected {len(first)} tensors as weights[0], got {len(edge)}")
+        for i, half in enumerate(edge):
+            shape = (first[i].shape[0], m * c, 1, 1)
+            array.check_coefficients(half, f"weights[{e}][{i}]", "[O, M C, 1, 1]", shape, x[0])
+    if len(first) == 2 and first[0].shape[0] - first[1].shape[0] not in (0, 1):
+        got = f"{first[0].shape[0]} and {first[1].shape[0]}"
+        raise ValueError(f"weights[0]: expected two halves of the channels, got {got}")
+    if (scale is None) != (shift is None):
+        raise ValueError("scale, shift: expected both or none, got one")
+    array.check_coefficients(scale, "scale", "[M, C]", (m, c), x[0])
+    array.check_coefficients(shift, "shift", "[M, C]", (m, c), x[0])
+
+
+class _Mixing(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stride: int,
+        halves: int,
+        count: int,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.settings = stride, halves, count
+        scale, shift = map(array.contiguous, (scale, shift))
+        tensors = (*tensors[:count], *(w.contiguous() for w in tensors[count:]))
+        ctx.save_for_backward(scale, shift, *tensors)
+        sources = _sources(ctx.settings, scale, shift, tensors)
+        if tensors[0].device.type == "meta":
+            return tuple(tensors[0].new_empty(sources.out_shape()) for _ in sources.weights)
+        return tuple(launch_mixing(sources)[0])
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Any:
+        scale, shift, *tensors = ctx.saved_tensors
+        sources = _sources(ctx.settings, scale, shift, tensors)
+        nothing = (None, None, None)
+        if torch.is_grad_enabled():  # create_graph: derivatives that have their own
+            inputs = [t for t in (scale, shift, *tensors) if t is not None]
+            found = iter(torch.autograd.grad(mixing_twin(sources), inputs, g, create_graph=True))
+            return *nothing, *(None if t is None else next(found) for t in (scale, shift, *tensors))
+        if tensors[0].device.type == "meta":
+            return *nothing, scale, shift, *tensors
+        x = sources.x
+        dv = [array.empty(one, tuple(one.shape), torch.channels_last) for one in x]
+        adds = [False] * len(x)
+        dweights = launch_mixing_backward(sources, g, g, Affine(), dv, adds, wants_weights=True)
+        if scale is None:
+            return *nothing, None, None, *dv, *dweights
+        rows = [node_sum_dq(one, [tensor]) for one, tensor in zip(dv, x, strict=True)]
+        dscale, dshift = (torch.cat([row[i] for row in rows]) for i in (0, 1))
+        dx = [one * row.view(-1, 1, 1) for one, row in zip(dv, scale, strict=True)]
+        return *nothing, dscale, dshift, *dx, *dweights
+
+
+def _sources(
+    settings: tuple[int, int, int],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    tensors: Sequence[Tensor],
+) -> Sources:
+    stride, halves, count = settings
+    flat = tensors[count:]
+    weights = [flat[i : i + halves] for i in range(0, len(flat), halves)]
+    return Sources(tensors[:count], weights, stride, scale, shift)
