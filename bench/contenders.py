@@ -1,4 +1,4 @@
-"""What bench.search_step compares: one step of a search, on our network and on those people have."""
+"""What bench.search_step compares: a step of a search, on our network and on those people have."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ class TorchNoise(nn.Module):
 
 
 def network(name: str, setup: Setup) -> Supernet:
-    """Return the contender's supernet: ours on kernels, a baseline the reference with torch's noise."""
+    """Return the contender's supernet: ours is on kernels, a baseline is the reference with torch's
+    noise.
+    """
     memory_format = MEMORY_FORMATS[name]
     supernet = setup.supernet("fused" if name == OURS else "reference")
     if name != OURS:

@@ -11,7 +11,7 @@ from bench.record import line
 from bench.timing import Times
 
 HEADER = (
-    f"{'space or shape':<28}{'case':<20}{'baseline':<15}"
+    f"{'space or shape':<25}{'case':<33}{'baseline':<15}"
     f"{'ours, ms':>18}{'baseline, ms':>20}{'ratio':>8}{'peak, MB':>17}"
 )
 
@@ -64,7 +64,7 @@ class Row:
         if self.baseline_peak_mb is not None:
             peaks += f" / {self.baseline_peak_mb:.0f}"
         return (
-            f"{self.space:<28}{self.case:<20}{self.baseline:<15}{_spread(self.ours):>18}"
+            f"{self.space:<25}{self.case:<33}{self.baseline:<15}{_spread(self.ours):>18}"
             f"{_spread(self.theirs):>20}{ratio:>8}{peaks:>17}  {self.note}"
         ).rstrip()
 

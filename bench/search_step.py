@@ -42,9 +42,9 @@ COMPILE_SECONDS = 600.0
 
 
 @exit_on_user_error
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Print a row for each space, case and baseline."""
-    parsed = _parse(arguments)
+    parsed = _parse()
     setups = [_setup(space, parsed) for space in parsed.spaces]
     device = torch.device(setups[0].device)
     if not parsed.json:
@@ -150,7 +150,7 @@ def _setup(space: str, parsed: argparse.Namespace) -> Setup:
     )
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.search_step",
         description="Time one step of a search, ours in turn with what people have, after a check "
@@ -182,7 +182,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile-seconds", type=float, default=COMPILE_SECONDS, help="at most, to compile"
     )
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args()
     known: Any
     for name, known in (("cases", CASES), ("baselines", BASELINES)):
         for word in getattr(parsed, name):

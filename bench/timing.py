@@ -4,7 +4,9 @@
     theirs.median / ours.median                       # how many times as fast f is
     peak_mb(functools.partial(prepare, "s4"), "cpu")  # prepare("s4") returns the callable
 
-In turn, because a machine that others use is slow at times: then it is slow for both.
+In turn, because a machine that others use is slow at times: then it is slow for both. With several
+threads that is not enough, since waiting for a thread that does not run costs most where there are
+many small operations: look at the quartiles.
 """
 
 from __future__ import annotations
@@ -104,8 +106,9 @@ def _report_peak(connection: Connection, prepare: Callable[[], Call], device: to
 
 
 def peak_mb_here(call: Call, device: torch.device, imported: float) -> float:
-    """Return the peak of one more run in this process, in MB, less `imported` (on a GPU only torch's
-    tensors count). Run `call` before, so that what it makes once (momenta, code) is there.
+    """Return the peak of one more run in this process, in MB, less `imported`; on a GPU only
+    torch's tensors there count. Run `call` before, so that what it makes once (momenta, code) is
+    there.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -149,6 +152,7 @@ def fresh_process(target: Callable[..., None], *arguments: Any) -> Iterator[Conn
     theirs.close()
     try:
         yield ours
+        process.join(10.0)  # all is received: it may end by itself
     finally:
         _kill(process.pid)
         process.join()
