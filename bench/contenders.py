@@ -184,5 +184,5 @@ def _logits_and_gradient(net: Supernet, setup: Setup, name: str) -> tuple[Tensor
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, deterministic=True):
         logits = net(images, softmax_weights(alphas), Draws(5))
         loss = F.cross_entropy(logits, labels)
-        gradients = torch.autograd.grad(loss, list(alphas.values()))
+        gradients = torch.autograd.grad(loss, list(alphas.values()), materialize_grads=True)
     return logits.detach(), torch.cat([g.flatten() for g in gradients])
