@@ -115,7 +115,8 @@ def _time_compiled(
         theirs = functools.partial(CASES[case], compiled)
         theirs()
         peak = peak_mb_here(theirs, device, imported)
-        connection.send((peak, *in_turn([prepare(OURS, setup, case), theirs], device)))
+        calls = [prepare(OURS, setup, case), theirs]
+        connection.send((peak, *in_turn(calls, device, seconds=seconds)))
 
 
 def _row(

@@ -19,7 +19,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -142,13 +141,7 @@ def fresh_process(target: Callable[..., None], *arguments: Any) -> Iterator[Conn
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(target, theirs, *arguments))
-    # Ctrl-C is for this process alone, which then kills the other: a blocked signal stays so there.
-    resource_tracker.ensure_running()  # by itself it would unblock the signal in between
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    process.start()
     theirs.close()
     try:
         yield ours
