@@ -15,11 +15,13 @@ from rdarts_fast.native import build_info, cpu_unit
 REPOSITORY = Path(__file__).parents[1]
 
 
-def line(bench: str, **measured: Any) -> str:
-    """Return one line: `bench`, what was `measured`, and where."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+def line(bench: str, device: torch.device | None = None, **measured: Any) -> str:
+    """Return one line: `bench`, what was `measured`, and where (without `device`: on a GPU if there
+    is one).
+    """
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     where = {
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
         "threads": torch.get_num_threads(),
         "cpu_unit": cpu_unit(),
         "torch": torch.__version__,

@@ -1,0 +1,199 @@
+"""One step of a search, ours against what people have: time, and peak memory in a fresh process.
+
+    python -m bench.search_step                                      # a table
+    python -m bench.search_step --json > bench/results/search_step.json
+    python -m bench.search_step --spaces s5 --baselines eager --batch 8 --channels 4 --layers 3
+
+First it checks that our network and the reference compute the same, then it times them in turn. The
+threads are torch's (OMP_NUM_THREADS=1 for one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from bench.contenders import BASELINES, CASES, OURS, Contender, Setup, check, prepare
+from bench.rows import HEADER, Row, show
+from bench.timing import (
+    Times,
+    fresh_process,
+    in_turn,
+    once_ms,
+    peak_mb,
+    peak_mb_here,
+    receive,
+    resident_mb,
+)
+from rdarts_fast.errors import UserError, exit_on_user_error, unknown
+from rdarts_fast.spaces import SPACES, load_space
+from rdarts_fast.training import select_device
+
+BENCH = "search_step"
+COMPILE_SECONDS = 600.0
+
+
+@exit_on_user_error
+def main() -> None:
+    """Print a row for each space, case and baseline."""
+    parsed = _parse()
+    setups = [_setup(space, parsed) for space in parsed.spaces]
+    device = torch.device(setups[0].device)
+    if not parsed.json:
+        print(f"{_sizes(setups[0])}, {device}, {torch.get_num_threads()} threads")
+        print(HEADER, flush=True)
+    for setup in setups:
+        check(setup)
+        for row in compare(setup, parsed):
+            show(row, device, parsed.json)
+
+
+def compare(setup: Setup, parsed: argparse.Namespace) -> Iterator[Row]:
+    """Yield the rows of one space."""
+    in_process = [name for name in parsed.baselines if name != "compile"]
+    ours_peaks = {case: _peak(OURS, setup, case) for case in parsed.cases}
+    for case in parsed.cases if in_process else ():
+        # A contender of its own for each case: an optimiser's state is part of its memory.
+        calls = [prepare(name, setup, case) for name in (OURS, *in_process)]
+        ours, *theirs = in_turn(calls, torch.device(setup.device), seconds=parsed.seconds)
+        for name, times in zip(in_process, theirs, strict=True):
+            peaks = ours_peaks[case], _peak(name, setup, case)
+            yield _row(setup, case, name, ours, times, peaks)
+    if "compile" in parsed.baselines:
+        yield from _compare_compiled(setup, parsed, ours_peaks)
+
+
+def _peak(name: str, setup: Setup, case: str) -> float:
+    return peak_mb(functools.partial(prepare, name, setup, case), setup.device)
+
+
+def _compare_compiled(
+    setup: Setup, parsed: argparse.Namespace, ours_peaks: dict[str, float]
+) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as cache:  # empty: nothing is compiled yet
+        arguments = (setup, parsed.cases, parsed.seconds, cache)
+        with fresh_process(_time_compiled, *arguments) as connection:
+            try:
+                seconds = receive(connection, parsed.compile_seconds)
+            except TimeoutError:
+                failure = "did not compile in time"
+            except RuntimeError as error:
+                failure = f"did not compile: {str(error).splitlines()[0]}"
+            else:
+                note = f"compiled in {seconds:.0f} s"
+                for case in parsed.cases:
+                    peak, ours, theirs = receive(connection)
+                    peaks = ours_peaks[case], peak
+                    yield _row(setup, case, "compile", ours, theirs, peaks, note)
+                return
+    for case in parsed.cases:
+        yield _row(setup, case, "compile", None, None, (ours_peaks[case], None), failure)
+
+
+def _time_compiled(
+    connection: Connection, setup: Setup, cases: Sequence[str], seconds: float, cache: str
+) -> None:
+    """Compile, send how long it took, then for each case the compiled network's peak memory and the
+    times of ours and of it. Its memory counts what the compiler leaves behind.
+    """
+    imported = resident_mb()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    device = torch.device(setup.device)
+    started = time.perf_counter()
+    compiled = Contender("compile", setup)
+    once_ms(compiled.forward_backward, device)
+    connection.send(time.perf_counter() - started)
+    for case in cases:
+        theirs = functools.partial(CASES[case], compiled)
+        theirs()
+        peak = peak_mb_here(theirs, device, imported)
+        calls = [prepare(OURS, setup, case), theirs]
+        connection.send((peak, *in_turn(calls, device, seconds=seconds)))
+
+
+def _row(
+    setup: Setup,
+    case: str,
+    baseline: str,
+    ours: Times | None,
+    theirs: Times | None,
+    peaks: tuple[float | None, float | None],
+    note: str = "",
+) -> Row:
+    more = {name: getattr(setup, name) for name in ("batch", "channels", "layers", "size")}
+    return Row(BENCH, case, setup.space, baseline, ours, theirs, *peaks, note, more)
+
+
+def _sizes(setup: Setup) -> str:
+    return (
+        f"batch {setup.batch}, {setup.channels} channels, {setup.layers} cells, "
+        f"{setup.size}x{setup.size}, float32"
+    )
+
+
+def _setup(space: str, parsed: argparse.Namespace) -> Setup:
+    load_space(space)  # raises for one that is not there
+    return Setup(
+        space,
+        parsed.batch,
+        parsed.channels,
+        parsed.layers,
+        parsed.size,
+        str(select_device(parsed.device)),
+    )
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.search_step",
+        description="Time one step of a search, ours in turn with what people have, after a check "
+        "that both compute the same; the peak memory of each in a fresh process.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    several = {"type": lambda text: text.split(","), "metavar": "A,B,..."}
+    parser.add_argument(
+        "--spaces", default=list(SPACES), help="built-in spaces or .json files", **several
+    )
+    parser.add_argument("--cases", default=list(CASES), help="what to time", **several)
+    parser.add_argument(
+        "--baselines",
+        default=list(BASELINES),
+        help="eager: the reference; channels_last: the same in that memory format; compile: "
+        "torch.compile of it",
+        **several,
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line, not a table")
+    sizes = Setup("")
+    parser.add_argument("--batch", type=int, default=sizes.batch, help="images a batch")
+    parser.add_argument("--channels", type=int, default=sizes.channels, help="of the first cells")
+    parser.add_argument("--layers", type=int, default=sizes.layers, help="cells")
+    parser.add_argument("--size", type=int, default=sizes.size, help="pixels, height and width")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="to time a case for, at least 5 rounds"
+    )
+    parser.add_argument(
+        "--compile-seconds", type=float, default=COMPILE_SECONDS, help="at most, to compile"
+    )
+    parsed = parser.parse_args()
+    known: Any
+    for name, known in (("cases", CASES), ("baselines", BASELINES)):
+        for word in getattr(parsed, name):
+            if word not in known:
+                raise unknown(name[:-1], word, known)
+    for name in ("batch", "channels", "layers", "size"):
+        if getattr(parsed, name) < 1:
+            raise UserError(f"--{name}: expected at least 1, got {getattr(parsed, name)}")
+    return parsed
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The benchmarks: the stopwatch measures, a wrong result is caught, the output is as promised."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import contenders, kernels, search_step, timing
+from bench.contenders import OURS, Setup
+from rdarts_fast.networks import fused
+
+CPU = torch.device("cpu")
+SMALL = Setup("s5", batch=4, channels=2, layers=3, size=8)
+SIZES = ["--batch", "4", "--channels", "2", "--layers", "3", "--size", "8", "--seconds", "0"]
+REPOSITORY = Path(__file__).parents[1]
+
+
+def allocating(mb: int) -> timing.Call:
+    return lambda: torch.ones(mb * 250_000)
+
+
+def wrong_kind(mb: int) -> timing.Call:
+    raise KeyError("not this one")
+
+
+def test_twice_as_long_is_a_ratio_of_two() -> None:
+    calls = [functools.partial(time.sleep, seconds) for seconds in (0.02, 0.04)]
+    one, two = timing.in_turn(calls, CPU, seconds=0.0, least=9)
+    assert len(one.ms) == len(two.ms) == 9
+    assert 1.5 < two.median / one.median < 2.7
+    assert one.quartiles[0] <= one.median <= one.quartiles[1]
+
+
+def test_calls_run_in_turn_and_the_warm_up_does_not_count() -> None:
+    order = []
+    calls = [functools.partial(order.append, name) for name in "ab"]
+    times = timing.in_turn(calls, CPU, seconds=0.0, least=2, warm_up=1)
+    assert "".join(order) == "ababab"
+    assert [len(of_call.ms) for of_call in times] == [2, 2]
+
+
+def test_peak_memory_is_the_cases_own() -> None:
+    # More than the cases hold: a fresh process must not inherit this one's peak.
+    ours = torch.ones(75_000_000)
+    small, large = (timing.peak_mb(functools.partial(allocating, mb), CPU) for mb in (20, 84))
+    assert 20 < small < 150
+    assert 60 < large - small < 68
+    del ours
+
+
+def test_what_fails_in_the_fresh_process_is_told() -> None:
+    with pytest.raises(RuntimeError, match="KeyError: 'not this one'"):
+        timing.peak_mb(functools.partial(wrong_kind, 1), CPU)
+
+
+def sleeper(connection, folder: Path) -> None:
+    """Start a process of its own, and let the test know both."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    connection.send((os.getpid(), child.pid))
+    time.sleep(60)
+
+
+def gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_a_process_that_takes_too_long_is_killed_with_all_it_started(tmp_path) -> None:
+    with (
+        pytest.raises(TimeoutError),
+        timing.fresh_process(sleeper, tmp_path) as connection,
+    ):
+        processes = timing.receive(connection)
+        timing.receive(connection, 0.1)
+    deadline = time.monotonic() + 10
+    while not all(map(gone, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all(map(gone, processes))
+
+
+@pytest.mark.parametrize("space", ["s1", "s4"])
+def test_the_check_passes_and_every_contender_runs(space: str) -> None:
+    setup = Setup(space, batch=4, channels=2, layers=3, size=8)
+    contenders.check(setup)
+    for name in (OURS, "eager", "channels_last"):
+        contender = contenders.Contender(name, setup)
+        before = {k: v.clone() for k, v in contender.state.supernet.named_parameters()}
+        alphas = [alpha.clone() for alpha in contender.state.alphas.values()]
+        for case in contenders.CASES.values():
+            case(contender)
+        after = dict(contender.state.supernet.named_parameters())
+        assert not torch.equal(before["stem.0.weight"], after["stem.0.weight"])
+        assert not any(map(torch.equal, alphas, contender.state.alphas.values()))
+        assert all(parameter.grad is None for parameter in after.values())
+
+
+def test_torchs_noise_has_the_shape_and_layout_of_the_input() -> None:
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.ones(8, 6, 9, 7).to(memory_format=memory_format)
+        for stride in (1, 2):
+            drawn = contenders.TorchNoise(stride, memory_format)(x)
+            assert drawn.shape == x[:, :, ::stride, ::stride].shape
+            assert drawn.is_contiguous(memory_format=memory_format)
+            assert 0.8 < drawn.std() < 1.2
+
+
+def test_the_check_of_a_search_step_catches_a_wrong_network(monkeypatch) -> None:
+    right = fused.normalized_sum
+    monkeypatch.setattr(fused, "normalized_sum", lambda *a, **k: 1.01 * right(*a, **k))
+    with pytest.raises(AssertionError, match="s5: our logits differ"):
+        contenders.check(SMALL)
+
+
+def test_the_check_of_a_search_step_catches_a_wrong_gradient(monkeypatch) -> None:
+    right = fused.normalized_sum
+
+    def without_weights(z, weights, *arguments, **settings):
+        halved = weights / 2 + weights.detach() / 2
+        return right(z, halved, *arguments, **settings)
+
+    monkeypatch.setattr(fused, "normalized_sum", without_weights)
+    with pytest.raises(AssertionError, match="s5: our gradient differ"):
+        contenders.check(SMALL)
+
+
+def test_the_check_of_the_kernels_catches_a_wrong_one(monkeypatch) -> None:
+    setup = kernels.Setup("node_sum", "C64 8x8", "channels_last", batch=2)
+    inputs = kernels.Inputs.draw(setup)
+    kernels.check(setup, inputs)
+    right = kernels.node_sum
+    monkeypatch.setattr(kernels, "node_sum", lambda z, *a: right(z[::-1], *a))
+    with pytest.raises(AssertionError, match="node_sum, C64 8x8 channels_last: output"):
+        kernels.check(setup, inputs)
+
+
+FIELDS = {"bench", "case", "space", "baseline", "ours_ms", "baseline_ms", "ratio"} | {
+    "peak_mb", "baseline_peak_mb", "device", "dtype", "commit"
+}  # fmt: skip
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys) -> Callable[..., list[str]]:
+    """Run a command line and return the lines it prints."""
+
+    def run(main: Callable[[], None], *arguments: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+        main()
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_search_step_prints_a_line_of_json_a_row(printed) -> None:
+    choice = ["--spaces", "s5", "--cases", "forward+backward", "--baselines", "eager"]
+    (line,) = printed(search_step.main, "--json", *choice, *SIZES)
+    row = json.loads(line)
+    assert set(row) >= FIELDS
+    assert (row["bench"], row["space"], row["baseline"]) == ("search_step", "s5", "eager")
+    assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ours_ms"], rel=1e-3)
+    assert row["peak_mb"] > 0 < row["baseline_peak_mb"]
+    assert row["rounds"] == 5
+
+
+def test_what_does_not_compile_in_time_has_a_row_without_ratio(printed, monkeypatch) -> None:
+    monkeypatch.setattr(search_step, "_peak", lambda *_: 1.0)
+    choice = ["--spaces", "s5", "--baselines", "compile", "--compile-seconds", "0.5"]
+    rows = [json.loads(line) for line in printed(search_step.main, "--json", *choice, *SIZES)]
+    assert [row["case"] for row in rows] == list(contenders.CASES)
+    assert {row["note"] for row in rows} == {"did not compile in time"}
+    assert {row["ratio"] for row in rows} == {None}
+
+
+def test_kernels_prints_a_table_and_json(printed) -> None:
+    small = ["--kernels", "channel_sums", "--batch", "2", "--seconds", "0", "--no-memory"]
+    assert len(printed(kernels.main, *small)) == 2 + 4 + 2
+    rows = [json.loads(line) for line in printed(kernels.main, *small, "--json")]
+    assert all(set(row) >= FIELDS for row in rows)
+    assert all(row["ratio"] > 0 for row in rows[:4])
+    assert all(row["percent_of_copy"] > 0 for row in rows[4:])
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (search_step.main, ["--spaces", "s9"], 'unknown space "s9": one of s1, s2, s3'),
+        (search_step.main, ["--cases", "third"], 'unknown case "third": one of forward+backward'),
+        (search_step.main, ["--baselines", "x"], 'unknown baseline "x": one of eager'),
+        (search_step.main, ["--batch", "0"], "--batch: expected at least 1, got 0"),
+        (kernels.main, ["--kernels", "x"], 'unknown kernel "x": one of node_sum'),
+        (kernels.main, ["--batch", "0"], "--batch: expected at least 1, got 0"),
+    ],
+)
+def test_a_wrong_choice_is_one_line_with_the_right_ones(
+    main, arguments, message, printed, capsys
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        printed(main, *arguments)
+    assert exit.value.code == 2
+    out, error = capsys.readouterr()
+    assert (out, len(error.splitlines())) == ("", 1)
+    assert message in error
+
+
+def test_ctrl_c_is_one_line(tmp_path) -> None:
+    command = [sys.executable, "-m", "bench.search_step", "--spaces", "s5", "--baselines", "eager"]
+    running = subprocess.Popen(
+        [*command, *SIZES[:-2], "--seconds", "60"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert running.stdout is not None
+    running.stdout.readline()  # the head of the table: it is at work
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    while len(children.read_text().split()) < 2:  # until one starts to measure memory
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does, to all of its processes
+    _, error = running.communicate(timeout=60)
+    assert (running.returncode, error) == (130, "interrupted\n")
