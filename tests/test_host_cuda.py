@@ -364,7 +364,7 @@ OLD_DRIVER = (
 )
 
 
-# The runtime is 13.2, which PTX (for 10.0 here) needs in full and machine code in its major version.
+# The runtime is 13.2: PTX, which 10.0 has here, needs all of it, machine code its major version.
 @pytest.mark.parametrize(
     ("capability", "driver", "message"),
     [
