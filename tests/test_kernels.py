@@ -1,6 +1,7 @@
 """The node sum and the batch norms folded into it, against plain torch twins in float64."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -363,8 +364,12 @@ def test_a_cuda_tensor_in_a_cpu_build(monkeypatch: pytest.MonkeyPatch) -> None:
             call()
 
 
+@pytest.mark.skipif(
+    Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1",
+    reason="this machine promises any amount of memory",
+)
 def test_an_output_that_memory_does_not_hold_is_torchs_error() -> None:
-    z = torch.zeros(()).expand(2**17, 1, 2**10, 2**10)  # 550 GB
+    z = torch.zeros(()).expand(2**20, 1, 2**10, 2**10)  # 4.4 TB
     one = torch.ones(1, 1)
     for call in (
         lambda: node_sum([z], one),
