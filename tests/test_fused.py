@@ -106,16 +106,9 @@ def full_size(space: str, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("space", ["s2", "s4"])
-def test_float32_logits_are_as_exact_as_the_references(space: str) -> None:
-    reference, fused = full_size(space, 0)
-    assert 0 < fused[0].sqrt() <= 1.5 * reference[0].sqrt()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("space", ["s2", "s4"])
 def test_float32_is_as_exact_as_the_reference_over_seeds(space: str) -> None:
-    """Alpha gradients too. Theirs is the error of the few ReLUs that change sides, so that of one
-    seed may be twice the other's, either way; over many seeds they must be alike.
+    """Alpha gradients err by the few ReLUs that change sides: for one seed by twice as much as the
+    reference, or half; over several alike.
     """
     reference, fused = (
         torch.stack(errors).mean(dim=0).sqrt()

@@ -333,7 +333,6 @@ def test_offsets_over_32_bits(backend: str, tmp_path) -> None:
             assert_equal(out, channel_affine_twin([values], scale, scale)[0], torch.float32)
 
 
-@pytest.mark.slow
 def test_more_elements_than_32_bits_count() -> None:
     pixels = 2**32 + 8
     z = torch.ones((), dtype=torch.float64).expand(1, 1, 8, pixels // 8)

@@ -171,7 +171,7 @@ const Entry entries[] = {
      [](bool, Output, Input) { rdarts::grid_of(int64_t{256} * INT32_MAX + 1); }},
     {"no_such_device",
      [](bool, Output out, Input in) {
-       const rdarts::Place place = {rdarts::Unit::kBase, 1, 1, 0};
+       const rdarts::Place place = {rdarts::Unit::kBase, 1, 1000, 0};
        rdarts::launch("no_such_device", halves, rdarts::Grid{dim3(1), dim3(32)}, place, out, in);
      }},
 };
