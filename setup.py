@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -41,8 +42,10 @@ class CMakeBuild(build_ext):
                 f"-Dpybind11_DIR={pybind11_folder()}",
                 f"-DRDARTS_VERSION={VERSION}",
             ]
+            started = time.monotonic()
             checked(configure)
             checked([program("cmake"), "--build", folder])
+            print(f"native module: compiled in {time.monotonic() - started:.0f} s", flush=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(Path(folder) / target.name, target)
 

@@ -306,13 +306,23 @@ def test_large_dynamic_shared_memory_is_asked_for() -> None:
     ("name", "text"),
     [
         ("too_many_threads", "too_many_threads: invalid configuration argument"),
-        ("no_such_device", "cudaSetDevice: invalid device ordinal"),
+        ("no_such_device", "device 1000: invalid device ordinal"),
+        ("too_many_items", "blocks: expected at most .*, got 2147483648 x 1 x 1: split the batch"),
     ],
 )
 def test_a_launch_that_no_gpu_takes_is_refused(name: str, text: str) -> None:
     with pytest.raises(RuntimeError, match=text):
         outcome(name, numbers(32), 32)
     outcome("halves", numbers(32), 32)
+
+
+@pytest.mark.parametrize("sizes", [(2**31, 1, 1), (1, 2**16, 1), (1, 1, 2**16), (2**33, 0, 0)])
+def test_more_blocks_than_a_grid_has_are_refused(sizes: tuple[int, int, int]) -> None:
+    got = " x ".join(map(str, sizes))
+    with pytest.raises(RuntimeError, match=f"at most 2147483647 x 65535 x 65535, got {got}"):
+        outcome("too_many_blocks", torch.tensor(sizes, dtype=torch.float32), 3)
+    most = torch.tensor([2**31 - 1, 2**16 - 1, 2**16 - 1], dtype=torch.float32)
+    assert torch.equal(outcome("most_blocks", most, 3), most)
 
 
 def test_launches_and_bytes_are_counted() -> None:

@@ -1,13 +1,16 @@
 """The node sum and the batch norms folded into it, against plain torch twins in float64."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rdarts_fast import native
 from rdarts_fast.draws import Draws
 from rdarts_fast.kernels import (
     Noise,
@@ -284,7 +287,101 @@ def test_zero_strides_are_read_and_meta_tensors_give_shapes(backend: str) -> Non
     assert node_sum([meta], torch.empty(1, 3, device="meta")).device.type == "meta"
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 8, 8), (2, 7, 5, 9)])
+def test_any_argument_may_have_zero_strides(backend: str, shape: tuple[int, ...]) -> None:
+    """Expanded along each axis and along all, as gradients of a sum are."""
+    device, (n, c, *_) = device_of(backend), shape
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64).to(device)
+
+    for axes in ((0,), (1,), (2,), (3,), (2, 3), (0, 1, 2, 3)):
+        sizes = [1 if axis in axes else size for axis, size in enumerate(shape)]
+        for format_ in (torch.contiguous_format, torch.channels_last):
+            parts = [random(*sizes), random(*shape)]
+            images = [x.contiguous(memory_format=format_).expand(shape) for x in parts]
+            g, whole = images[0], [x.contiguous().cpu() for x in images]
+            row, factors = random(1, 1).expand(2, c), random(2, 1).expand(2, n)
+            cpu = [x.contiguous().cpu() for x in (row, factors)]
+            results = [node_sum(images, row, row, factors), *node_sum_dz(g, row, factors)]
+            results += [*node_sum_dq(g, images, factors, None, row)[:2]]
+            results += [*channel_sums(images, row), *channel_affine(images, row, row)]
+            expected = [node_sum_twin(whole, cpu[0], *cpu), *node_sum_dz_twin(whole[0], *cpu)]
+            expected += [*node_sum_dq_twin(whole[0], whole, cpu[1], None, cpu[0])[:2]]
+            expected += [*channel_sums_twin(whole, cpu[0])]
+            expected += [*channel_affine_twin(whole, cpu[0], cpu[0])]
+            for a, b in zip(results, expected, strict=True):
+                assert_equal(a.cpu(), b, torch.float64, times=5)
+
+
+def test_offsets_over_32_bits(backend: str, tmp_path) -> None:
+    """Elements more than 2**32 apart, in a file without blocks but where they lie."""
+    if backend == "cuda":
+        pytest.skip("nowhere to lie without 17 GB of memory")
+    far, shape = 2**32 + 12, (2, 3, 4, 4)
+    file = torch.from_file(str(tmp_path / "sparse"), shared=True, size=far + 200)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor([[2.0, 3.0, 4.0]])
+    for strides in ((far, 16, 4, 1), (60, far // 2, 4, 1), (60, 4, far // 3, 1), (48, 1, 12, 3)):
+        z = file.as_strided(shape, strides)
+        z.copy_(values)
+        assert_equal(node_sum([z], scale), node_sum_twin([values], scale), torch.float32)
+        for a, b in zip(node_sum_dq(z, [z]), node_sum_dq_twin(values, [values]), strict=True):
+            assert_equal(a, b, torch.float32, times=5)
+        for out in channel_affine([z], scale, scale):
+            assert_equal(out, channel_affine_twin([values], scale, scale)[0], torch.float32)
+
+
+def test_more_elements_than_32_bits_count() -> None:
+    pixels = 2**32 + 8
+    z = torch.ones((), dtype=torch.float64).expand(1, 1, 8, pixels // 8)
+    for found in channel_sums([z], torch.zeros(1, 1, dtype=torch.float64)):
+        assert found.item() == pixels
+
+
+def on_cuda(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor that says that it is on a GPU; it has no memory."""
+    with FakeTensorMode():
+        return torch.empty(shape, dtype=dtype, device="cuda:0")
+
+
+def test_a_cuda_tensor_in_a_cpu_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = {**native.build_info(), "cuda_archs": [], "cuda_runtime": None}
+    monkeypatch.setattr(native, "build_info", lambda: built)
+    z, row = on_cuda(2, 3, 4, 4), on_cuda(1, 3)
+    message = "expected a CPU tensor, got one on cuda:0: this build has no kernels for it"
+    for name, call in (
+        (r"z\[0\]", lambda: node_sum([z], row)),
+        (r"z\[0\]", lambda: normalized_sum([z], on_cuda(1))),
+        (r"z\[0\]", lambda: channel_sums([z], row)),
+        (r"z\[0\]", lambda: channel_affine([z], row, row)),
+        (r"z\[0\]", lambda: node_sum_dq(z, [z])),
+        ("g", lambda: node_sum_dz(z, row)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: {message}"):
+            call()
+
+
+@pytest.mark.skipif(
+    Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1",
+    reason="this machine promises any amount of memory",
+)
+def test_an_output_that_memory_does_not_hold_is_torchs_error() -> None:
+    z = torch.zeros(()).expand(2**20, 1, 2**10, 2**10)  # 4.4 TB
+    one = torch.ones(1, 1)
+    for call in (
+        lambda: node_sum([z], one),
+        lambda: normalized_sum([z], one[0], [False]),
+        lambda: channel_affine([z], one, one),
+        lambda: node_sum_dz(z, one),
+    ):
+        with pytest.raises(RuntimeError, match="allocate memory"):
+            call()
+
+
 Z = torch.zeros(2, 3, 4, 4)
+HUGE = torch.zeros(()).expand(2**20, 2**20, 2, 1)
 SCALE = torch.zeros(1, 3)
 
 
@@ -309,6 +406,14 @@ SCALE = torch.zeros(1, 3)
         (lambda: normalized_sum([Z[:0]], torch.ones(1)), ValueError, "batch statistics need 2"),
         (lambda: normalized_sum([Z], torch.ones(1), training=False), ValueError, "running"),
         (lambda: channel_sums([Z], torch.ones(2, 3)), ValueError, "pivot: expected shape"),
+        (lambda: channel_affine([Z], SCALE, SCALE[:, :2]), ValueError, r"v: expected shape \[K, C"),
+        (lambda: node_sum_dq(Z[:, :2], [Z]), ValueError, "g: expected shape .* as z"),
+        (lambda: node_sum_dz(Z, SCALE[:0]), ValueError, "scale: expected 1 to 64 rows, got 0"),
+        (lambda: node_sum([Z], SCALE.to("meta")), ValueError, "scale: expected device cpu, got m"),
+        (lambda: node_sum([Z.to_sparse()], SCALE), TypeError, r"z\[0\]: expected a dense"),
+        (lambda: node_sum([HUGE], SCALE), ValueError, r"z\[0\]: expected sizes of product 2\*\*40"),
+        (lambda: node_sum_dz(HUGE, SCALE), ValueError, r"g: expected sizes .*got shape \(1048576"),
+        (lambda: channel_sums([torch.empty(0, 1 << 41, 1, 1)], SCALE), ValueError, "sizes"),
     ],
 )
 def test_bad_input_names_the_argument(call, error: type[Exception], message: str) -> None:

@@ -301,7 +301,7 @@ void drawn_sums(const NodeSumDq& a, const Walk& walk, double* workspace, const P
   using T = typename Tile::Type;
   const int64_t tiles = tiles_of<Tile>(walk), parts = drawn_parts(tiles);
   const Span<double> partial = partial_of(a.drawn_sums, workspace, a.drawn.count, parts);
-  const dim3 blocks(static_cast<unsigned>(parts), static_cast<unsigned>(a.drawn.count));
+  const dim3 blocks = blocks_of(parts, a.drawn.count);
   const auto start = [&](auto kernel) {
     launch("node_sum_dq", kernel, Grid{blocks, kThreads}, place, view_of<const T>(a.g, walk), walk,
            tiles, sites_of<typename Tile::Sum>(a.drawn, walk.samples), partial);
@@ -390,8 +390,7 @@ void channel_sums(const ChannelSums& a, const Place& place) {
     views.pivots = {a.pivot ? nullptr : a.sums + 2 * plane, a.pivot ? 0 : plane};
     const Split& split = views.split;
     views.partial = partial_of(a.sums, a.workspace, 2 * plane, split.parts);
-    const dim3 blocks(static_cast<unsigned>(split.groups * split.parts),
-                      static_cast<unsigned>(a.inputs));
+    const dim3 blocks = blocks_of(split.groups * split.parts, a.inputs);
     const auto kernel = split.positions <= kMost32 ? channel_sums_kernel<Tile, uint32_t>
                                                    : channel_sums_kernel<Tile, uint64_t>;
     launch("channel_sums", kernel, Grid{blocks, kThreads}, place, views);
@@ -420,8 +419,8 @@ void node_sum_dq(const NodeSumDq& a, const Place& place) {
     views.partial = partial_of(a.sums, a.workspace, 2 * plane, split.parts);
     used = split.parts == 1 ? 0 : views.partial.size;
     const int together = kTogether<Tile>;
-    const dim3 blocks(static_cast<unsigned>(split.groups * split.parts),
-                      static_cast<unsigned>((a.inputs + together - 1) / together));
+    const int64_t rows = (a.inputs + together - 1) / together;
+    const dim3 blocks = blocks_of(split.groups * split.parts, rows);
     const auto kernel = split.positions <= kMost32 ? node_sum_dq_kernel<Tile, uint32_t>
                                                    : node_sum_dq_kernel<Tile, uint64_t>;
     launch("node_sum_dq", kernel, Grid{blocks, kThreads}, place, views);

@@ -1,19 +1,17 @@
-// The one door from host code to a kernel: device guard, empty input, launch, launch check.
+// The one door from host code to a kernel: fit of the device, device guard, empty input, launch,
+// launch check.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "device.h"
 #include "place.h"
 
 namespace rdarts {
-
-inline void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
 
 class DeviceGuard {
  public:
@@ -37,9 +35,19 @@ struct Grid {
   size_t shared = 0;
 };
 
+// Throws for more blocks than a grid can have.
+inline dim3 blocks_of(int64_t x, int64_t y = 1, int64_t z = 1) {
+  if (x > INT32_MAX || y > UINT16_MAX || z > UINT16_MAX) {
+    throw std::runtime_error("blocks: expected at most 2147483647 x 65535 x 65535, got " +
+                             std::to_string(x) + " x " + std::to_string(y) + " x " +
+                             std::to_string(z) + ": split the batch");
+  }
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
+}
+
 // One thread per item of [0, items).
 inline Grid grid_of(int64_t items, unsigned threads = 256) {
-  return {dim3(static_cast<unsigned>((items + threads - 1) / threads)), dim3(threads)};
+  return {blocks_of((items + threads - 1) / threads), dim3(threads)};
 }
 
 // The kernel's threads start here: on the device, or in the harness that runs .cu files on the CPU.
@@ -58,6 +66,7 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, const Place& place,
             Arguments... arguments) {
   if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
+  check_device(place.device);
   const DeviceGuard guard(place.device);
   if (grid.shared > kSharedByDefault) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -12,6 +12,7 @@ from rdarts_fast import native
 
 MOST_INPUTS = 64
 LEAST_KEPT = 1 << 16  # bytes of a tensor whose memory is used again
+MOST_ELEMENTS = 1 << 40  # so that no size, offset or workspace of a call overflows 64 bits
 DTYPES = {
     torch.float32: 0,
     torch.float64: 1,
@@ -46,6 +47,10 @@ def check_images(x: Tensor, name: str) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
+    if math.prod(size or 1 for size in x.shape) > MOST_ELEMENTS:
+        raise ValueError(
+            f"{name}: expected sizes of product 2**40 at most, got shape {tuple(x.shape)}"
+        )
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: expected dtype float32, float64 or bfloat16, got {x.dtype}")
     if x.layout != torch.strided:

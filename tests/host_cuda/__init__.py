@@ -23,6 +23,7 @@ from rdarts_fast import native
 from tests.host_cuda.build import built_library
 
 THREAD_ORDERS = ("ascending", "descending", "shuffled")
+DRIVER = 13020  # CUDA 13.2, as the runtime that the module is linked with
 
 
 class Counts(NamedTuple):
@@ -38,7 +39,7 @@ def on_host() -> Iterator[ModuleType]:
     """Run CUDA kernels on CPU tensors inside the block; gives the native module that does it.
 
     Every torch.empty is filled with NaN (integers: the largest), so that an output which a kernel
-    leaves unwritten shows. Counts and thread order start afresh.
+    leaves unwritten shows. Counts, thread order and driver start afresh.
     """
     module = _module()
     before = native.extension, native.place
@@ -46,6 +47,7 @@ def on_host() -> Iterator[ModuleType]:
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     reset()
     set_thread_order("ascending")
+    set_driver(DRIVER)
     native.extension, native.place = module, _place
     torch.use_deterministic_algorithms(True, warn_only=True)  # this is what fills torch.empty
     try:
@@ -75,6 +77,21 @@ def counts() -> dict[str, Counts]:
 def reset() -> None:
     """Set all counts to zero."""
     _library().on_host_reset()
+
+
+def add_device(capability: int) -> int:
+    """Add a device of that compute capability (86 is 8.6) and return its number; 0 is of 9.0."""
+    return int(_library().on_host_add_device(capability))
+
+
+def set_driver(version: int) -> None:
+    """Set the CUDA version that the driver supports; 13020 is 13.2."""
+    _library().on_host_set_driver(version)
+
+
+def runs_on(arch: str, capability: int) -> bool:
+    """Say what device.h says: whether code for `arch`, such as sm_80, runs on that capability."""
+    return bool(_library().on_host_runs_on(arch.encode(), capability))
 
 
 def run_fault(name: str, out: Tensor, inputs: Tensor, *, planted: bool) -> None:
@@ -109,6 +126,12 @@ def _library() -> ctypes.CDLL:
     library.on_host_set_thread_order.restype = text
     library.on_host_counts.restype = text
     library.on_host_reset.restype = None
+    library.on_host_add_device.argtypes = [ctypes.c_int]
+    library.on_host_add_device.restype = ctypes.c_int
+    library.on_host_set_driver.argtypes = [ctypes.c_int]
+    library.on_host_set_driver.restype = None
+    library.on_host_runs_on.argtypes = [text, ctypes.c_int]
+    library.on_host_runs_on.restype = ctypes.c_bool
     library.on_host_run_fault.argtypes = [text, ctypes.c_bool, address, integer, address, integer]
     library.on_host_run_fault.restype = text
     return library

@@ -5,6 +5,7 @@
 
 #include "block.h"
 #include "faults/faults.h"
+#include "on_host/runtime.h"
 
 #define ON_HOST_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -40,6 +41,14 @@ ON_HOST_EXPORT const char* on_host_counts() {
 }
 
 ON_HOST_EXPORT void on_host_reset() { on_host::reset(); }
+
+ON_HOST_EXPORT int on_host_add_device(int capability) { return on_host::add_device(capability); }
+
+ON_HOST_EXPORT void on_host_set_driver(int version) { on_host::set_driver(version); }
+
+ON_HOST_EXPORT bool on_host_runs_on(const char* arch, int capability) {
+  return rdarts::runs_on(arch, capability);
+}
 
 ON_HOST_EXPORT const char* on_host_run_fault(const char* name, bool planted, float* out,
                                              int64_t out_size, const float* in, int64_t in_size) {

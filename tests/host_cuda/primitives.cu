@@ -156,9 +156,22 @@ const Entry entries[] = {
        rdarts::launch("too_many_threads", halves, rdarts::Grid{dim3(1), dim3(2048)}, kPlace, out,
                       in);
      }},
+    {"most_blocks",
+     [](bool, Output out, Input) {
+       const dim3 blocks = rdarts::blocks_of(INT32_MAX, UINT16_MAX, UINT16_MAX);
+       const unsigned sizes[] = {blocks.x, blocks.y, blocks.z};
+       for (int i = 0; i < 3; ++i) out.data[i] = static_cast<float>(sizes[i]);
+     }},
+    {"too_many_blocks",
+     [](bool, Output, Input in) {
+       const auto size = [&](int i) { return static_cast<int64_t>(in.data[i]); };
+       rdarts::blocks_of(size(0), size(1), size(2));
+     }},
+    {"too_many_items",
+     [](bool, Output, Input) { rdarts::grid_of(int64_t{256} * INT32_MAX + 1); }},
     {"no_such_device",
      [](bool, Output out, Input in) {
-       const rdarts::Place place = {rdarts::Unit::kBase, 1, 1, 0};
+       const rdarts::Place place = {rdarts::Unit::kBase, 1, 1000, 0};
        rdarts::launch("no_such_device", halves, rdarts::Grid{dim3(1), dim3(32)}, place, out, in);
      }},
 };

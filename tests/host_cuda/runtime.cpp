@@ -4,15 +4,21 @@
 #include <cstring>
 #include <map>
 #include <utility>
+#include <vector>
 
 #include "on_host/launch.h"
 
 namespace {
 
 constexpr size_t kSharedByDefault = 48 * 1024;
+constexpr int kRuntimeVersion = 13020;
 
 cudaError_t last_error = cudaSuccess;
 std::map<const void*, size_t> shared_limits;
+std::vector<int> capabilities = {90};
+int driver_version = kRuntimeVersion;
+
+bool exists(int device) { return device >= 0 && device < static_cast<int>(capabilities.size()); }
 
 }  // namespace
 
@@ -38,7 +44,24 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+  return exists(device) ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = driver_version;
+  return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = kRuntimeVersion;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (!exists(device)) return cudaErrorInvalidDevice;
+  const bool major = attribute == cudaDevAttrComputeCapabilityMajor;
+  *value = major ? capabilities[device] / 10 : capabilities[device] % 10;
+  return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
@@ -47,6 +70,13 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t)
 }
 
 namespace on_host {
+
+int add_device(int capability) {
+  capabilities.push_back(capability);
+  return static_cast<int>(capabilities.size()) - 1;
+}
+
+void set_driver(int version) { driver_version = version; }
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute, int value) {
   if (value < 0 || static_cast<size_t>(value) > kMaxShared) return cudaErrorInvalidValue;

@@ -1,4 +1,4 @@
-// The calls of the CUDA runtime that host code makes: one device, which is the CPU.
+// The calls of the CUDA runtime that host code makes. Every device is the CPU.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +10,10 @@ enum cudaError_t {
   cudaErrorInvalidDevice = 101,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+};
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
@@ -17,11 +21,21 @@ const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaRuntimeGetVersion(int* version);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream = nullptr);
 
 namespace on_host {
+
+// A device more, of that compute capability (86 is 8.6); returns its number. Device 0 is of 9.0.
+int add_device(int capability);
+// The CUDA version that the driver supports (13020 is 13.2, which the runtime is of).
+void set_driver(int version);
+
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
-}
+
+}  // namespace on_host
 
 template <typename... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute,

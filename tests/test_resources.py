@@ -1,0 +1,112 @@
+"""What the compiler gave each CUDA kernel: registers only, no spills, no stack, no local memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from rdarts_fast import native
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+ARCHS = [arch for arch in native.build_info()["cuda_archs"] if arch.startswith("sm_")]
+
+
+class Resources(NamedTuple):
+    """Bytes a thread has beside its registers; spills lie on its stack."""
+
+    arch: str
+    kernel: str  # its mangled name
+    stack: int
+    local: int
+
+
+def cuobjdump() -> str:
+    """Return the path of the program that lists resources; skips the test where there is none.
+
+    The toolkit brings it, and so does triton, which comes with a CUDA build of torch.
+    """
+    triton = importlib.util.find_spec("triton")
+    brought = [Path(str(triton.origin)).parent / "backends/nvidia/bin"] if triton else []
+    for place in (None, *brought):
+        found = shutil.which("cuobjdump", path=place)
+        if found:
+            return found
+    pytest.skip("no cuobjdump, neither on PATH nor from triton")
+
+
+def resources(binary: Path) -> list[Resources]:
+    """Return what every kernel in a compiled file takes, once for each GPU generation."""
+    command = [cuobjdump(), "--dump-resource-usage", str(binary)]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found, arch = [], ""
+    pattern = r"^arch = (\w+)|^ *Function (\S+):\n.*\bSTACK:(\d+)\b.*\bLOCAL:(\d+)\b"
+    for line in re.finditer(pattern, report, re.M):
+        if line[1]:
+            arch = line[1]
+        else:
+            found.append(Resources(arch, line[2], int(line[3]), int(line[4])))
+    assert len(found) == len(re.findall(r"\bFunction ", report)), report
+    return found
+
+
+def kernels_of(path: Path) -> list[str]:
+    """Return the names of the kernels that a .cu file defines."""
+    code = re.sub(r"__launch_bounds__\([^()]*\)", "", path.read_text())
+    names = re.findall(r"__global__\s+void\s+(\w+)\(", code)
+    assert len(names) == code.count("__global__"), path
+    return names
+
+
+@pytest.mark.skipif(not ARCHS, reason="the installed native module is a CPU build")
+def test_no_kernel_needs_more_than_its_registers() -> None:
+    found = resources(Path(str(native.extension.__file__)))
+    assert {kernel.arch for kernel in found} == set(ARCHS)
+    names = [name for path in sorted(CSRC.glob("cuda/*.cu")) for name in kernels_of(path)]
+    assert names
+    for arch in ARCHS:
+        compiled = [kernel.kernel for kernel in found if kernel.arch == arch]
+        for name in names:
+            assert any(f"{len(name)}{name}" in kernel for kernel in compiled), (arch, name)
+    assert [kernel for kernel in found if kernel.stack or kernel.local] == []
+
+
+PLANTED = """
+__global__ void clean(float* out, const float* in) { out[threadIdx.x] = in[threadIdx.x]; }
+
+// More values at once than the 32 registers that it may have.
+__global__ void __launch_bounds__(1024, 2) spilling(float* out, const float* in) {
+  float values[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) values[i] = in[1024 * i + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; ++i) out[1024 * i + threadIdx.x] = values[i] * values[63 - i];
+}
+
+// Registers have no index that is known only when it runs.
+__global__ void indexed(float* out, const int* in) {
+  float values[64];
+  for (int i = 0; i < 64; ++i) values[in[i]] = i;
+  out[threadIdx.x] = values[in[threadIdx.x]];
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_spills_and_local_arrays_are_seen(tmp_path: Path) -> None:
+    source, library = tmp_path / "planted.cu", tmp_path / "planted.so"
+    source.write_text(PLANTED)
+    assert kernels_of(source) == ["clean", "spilling", "indexed"]
+    archs = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
+    options = ["-shared", "-Xcompiler=-fPIC", "-cudart=none", *archs]
+    subprocess.run(["nvcc", *options, "-o", str(library), str(source)], check=True)
+    found = resources(library)
+    assert len(found) == 6 and {kernel.arch for kernel in found} == {"sm_80", "sm_90"}
+    for kernel in found:
+        assert bool(kernel.stack or kernel.local) != ("clean" in kernel.kernel), kernel
