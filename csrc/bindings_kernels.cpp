@@ -58,16 +58,6 @@ void run(const NormalizationBackward& arguments, const Place& place) {
   RDARTS_LAUNCH(normalize_backward, arguments);
 }
 
-void run(const NodeCoefficients& arguments, const Place& place) {
-  RDARTS_LAUNCH(node_coefficients, arguments);
-}
-void run(const NodeGradients& arguments, const Place& place) {
-  RDARTS_LAUNCH(node_gradients, arguments);
-}
-void run(const NormGradients& arguments, const Place& place) {
-  RDARTS_LAUNCH(norm_gradients, arguments);
-}
-
 // Doubles that the reductions need for their partial sums.
 int64_t partial_sums(const Shape& shape, int64_t inputs, int64_t sites, const Place& place) {
   if (place.device >= 0) {
@@ -256,105 +246,6 @@ void normalized_sum_backward_at(int dtype, const Shape& shape, const Numbers& te
   }
 }
 
-// ---- What a fused cell is made of (rdarts_fast/kernels/cell.py). Its table of batch norms is an
-// address and a number of rows: [2 (mean, rstd), R, C].
-
-using Table = std::pair<Address, int64_t>;
-using Indices = std::vector<int>;
-
-// Rows [first, first + G) of the table and their scales and shifts, [2, G, C], from sums or, in eval
-// mode, from the running buffers.
-void batch_norms_at(int dtype, const Shape& shape, const Table& table, int64_t first, int inputs,
-                    const std::vector<Address>& running, const Rule& rule, Address sums,
-                    Address coefficients, const Place& place) {
-  Normalization n = {};
-  n.dtype = static_cast<DType>(dtype), n.inputs = n.rows = inputs, n.channels = shape[1];
-  n.count = static_cast<double>(shape[0] * shape[2] * shape[3]);
-  std::tie(n.eps, n.momentum, n.training) = rule;
-  for (int k = 0; k < inputs; ++k) {
-    n.row[k] = k;
-    if (running.empty()) continue;
-    n.running_mean[k] = pointer(running[2 * k]), n.running_var[k] = pointer(running[2 * k + 1]);
-  }
-  n.sums = pointer<double>(sums);
-  n.mean = pointer<double>(table.first) + first * n.channels;
-  n.rstd = n.mean + table.second * n.channels;
-  n.scale = pointer(coefficients);
-  n.shift = moved(n.scale, n.dtype, inputs * n.channels);
-  run(n, place);
-}
-
-NodeTerms terms_of(int dtype, int64_t channels, const Table& table, const Indices& rows,
-                   const Indices& indices, Address weights) {
-  NodeTerms t = {};
-  if (rows.empty() || rows.size() > kMostInputs || rows.size() != indices.size()) {
-    throw std::invalid_argument("rows: expected 1 to 64 and as many indices");
-  }
-  t.dtype = static_cast<DType>(dtype), t.inputs = static_cast<int>(rows.size());
-  t.channels = channels;
-  t.mean = pointer<double>(table.first);
-  t.rstd = t.mean + table.second * channels;
-  std::copy(rows.begin(), rows.end(), t.row);
-  std::copy(indices.begin(), indices.end(), t.weight);
-  t.weights = pointer(weights);
-  return t;
-}
-
-// space: [K, C] pivots, then scales and shifts.
-void node_at(int dtype, const Shape& shape, const Numbers& tensors, const Table& table,
-             const Indices& rows, const Indices& indices, Address weights, Address factors,
-             const Seeds& noise, Address space, const Place& place) {
-  const std::vector<Array> a = arrays_of(dtype, shape, tensors);
-  check_cpu_dtype(a[0].dtype, place);
-  NodeCoefficients n = {};
-  n.terms = terms_of(dtype, shape[1], table, rows, indices, weights);
-  const int64_t plane = n.terms.inputs * shape[1];
-  n.pivot = pointer<double>(space);
-  n.scale = n.pivot + plane, n.shift = n.pivot + 2 * plane;
-  run(n, place);
-  run(NodeSum{a[0], &a[1], n.terms.inputs, n.scale, n.shift, pointer(factors), drawn_of(noise)},
-      place);
-}
-
-// space: [K, C] pivots of node_at; buffer: dweights of the noise, sums, workspace; map: [3, K, C].
-void node_backward_at(int dtype, const Shape& shape, const Numbers& tensors, const Table& table,
-                      const Indices& rows, const Indices& indices, const std::vector<bool>& own,
-                      Address weights, Address factors, const Seeds& noise, bool training,
-                      Address space, Address buffer, Address dweights, Address map,
-                      const Place& place) {
-  const std::vector<Array> a = arrays_of(dtype, shape, tensors);  // g, K inputs
-  check_cpu_dtype(a[0].dtype, place);
-  NodeGradients n = {};
-  n.terms = terms_of(dtype, shape[1], table, rows, indices, weights);
-  const int64_t plane = n.terms.inputs * shape[1];
-  const Drawn drawn = drawn_of(noise);
-  double* const drawn_sums = pointer<double>(buffer);
-  double* const sums = drawn_sums + drawn.count;
-  run(NodeSumDq{a[0], &a[1], n.terms.inputs, pointer<double>(space), pointer(factors), drawn, sums,
-                drawn_sums, sums + 2 * plane},
-      place);
-  n.count = static_cast<double>(shape[0] * shape[2] * shape[3]), n.training = training;
-  std::copy(own.begin(), own.end(), n.own);
-  n.sums = sums, n.dweights = pointer(dweights), n.by_g = pointer(map);
-  n.by_z = moved(n.by_g, n.terms.dtype, plane);
-  n.constant = moved(n.by_g, n.terms.dtype, 2 * plane);
-  run(n, place);
-}
-
-// map: [3, G, C], from sums [2, G, C] of the gradients of normalised values.
-void norm_gradients_at(int dtype, const Shape& shape, const Table& table, int64_t first, int inputs,
-                       bool training, Address sums, Address map, const Place& place) {
-  NormGradients n = {};
-  n.dtype = static_cast<DType>(dtype), n.inputs = inputs, n.channels = shape[1];
-  n.count = static_cast<double>(shape[0] * shape[2] * shape[3]), n.training = training;
-  n.mean = pointer<double>(table.first) + first * n.channels;
-  n.rstd = n.mean + table.second * n.channels;
-  n.sums = pointer<double>(sums), n.by_g = pointer(map);
-  n.by_z = moved(n.by_g, n.dtype, inputs * n.channels);
-  n.constant = moved(n.by_g, n.dtype, 2 * inputs * n.channels);
-  run(n, place);
-}
-
 }  // namespace
 
 void define_kernels(py::module_& module) {
@@ -365,10 +256,6 @@ void define_kernels(py::module_& module) {
   module.def("channel_sums", &channel_sums_at, "z...; sums, then workspace.", released);
   module.def("node_sum_dq", &node_sum_dq_at, "g, z...; sums, then workspace.", released);
   module.def("normalized_sum", &normalized_sum_at, "out, z...", released);
-  module.def("batch_norms", &batch_norms_at, "Rows of a cell's table.", released);
-  module.def("node", &node_at, "out, z...", released);
-  module.def("node_backward", &node_backward_at, "g, z...", released);
-  module.def("norm_gradients", &norm_gradients_at, "A backward's coefficients.", released);
   module.def("normalized_sum_backward", &normalized_sum_backward_at, "g, z..., dz...", released);
 }
 

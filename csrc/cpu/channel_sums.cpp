@@ -233,27 +233,6 @@ void normalize_backward_all(const NormalizationBackward& a) {
   }
 }
 
-template <typename T>
-void node_coefficients_all(const NodeCoefficients& a) {
-  for (int k = 0; k < a.terms.inputs; ++k) {
-    for (int64_t c = 0; c < a.terms.channels; ++c) node_coefficients_channel<T>(a, k, c);
-  }
-}
-
-template <typename T>
-void node_gradients_all(const NodeGradients& a) {
-  for (int k = 0; k < a.terms.inputs; ++k) {
-    double along = 0;
-    for (int64_t c = 0; c < a.terms.channels; ++c) along += node_gradients_channel<T>(a, k, c);
-    static_cast<T*>(a.dweights)[a.terms.weight[k]] += static_cast<T>(along);
-  }
-}
-
-template <typename T>
-void norm_gradients_all(const NormGradients& a) {
-  for (int64_t i = 0; i < a.inputs * a.channels; ++i) norm_gradients_channel<T>(a, i);
-}
-
 }  // namespace
 
 template <>
@@ -287,24 +266,6 @@ template <>
 void normalize_backward<RDARTS_UNIT>(const NormalizationBackward& a) {
   if (a.dtype == DType::kFloat64) normalize_backward_all<double>(a);
   else normalize_backward_all<float>(a);
-}
-
-template <>
-void node_coefficients<RDARTS_UNIT>(const NodeCoefficients& a) {
-  if (a.terms.dtype == DType::kFloat64) node_coefficients_all<double>(a);
-  else node_coefficients_all<float>(a);
-}
-
-template <>
-void node_gradients<RDARTS_UNIT>(const NodeGradients& a) {
-  if (a.terms.dtype == DType::kFloat64) node_gradients_all<double>(a);
-  else node_gradients_all<float>(a);
-}
-
-template <>
-void norm_gradients<RDARTS_UNIT>(const NormGradients& a) {
-  if (a.dtype == DType::kFloat64) norm_gradients_all<double>(a);
-  else norm_gradients_all<float>(a);
 }
 
 }  // namespace rdarts

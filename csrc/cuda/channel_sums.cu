@@ -334,37 +334,6 @@ normalize_backward_kernel(const __grid_constant__ NormalizationBackward a) {
   if (threadIdx.x == 0) a.dweights[k] = sums[0];
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 1)
-node_coefficients_kernel(const __grid_constant__ NodeCoefficients a) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= a.terms.inputs * a.terms.channels) return;
-  const int k = static_cast<int>(i / a.terms.channels);
-  node_coefficients_channel<T>(a, k, i % a.terms.channels);
-}
-
-// One block per input; no two inputs share a weight.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 1)
-node_gradients_kernel(const __grid_constant__ NodeGradients a) {
-  __shared__ Shared<double, kThreads> shared;
-  const int k = static_cast<int>(blockIdx.x);
-  double sums[1] = {0};
-  for (int64_t c = threadIdx.x; c < a.terms.channels; c += kThreads) {
-    sums[0] += node_gradients_channel<T>(a, k, c);
-  }
-  add_rows(sums, Split{1, kThreads, 0, 0, 0}, shared);
-  if (threadIdx.x > 0) return;
-  static_cast<T*>(a.dweights)[a.terms.weight[k]] += static_cast<T>(sums[0]);
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 1)
-norm_gradients_kernel(const __grid_constant__ NormGradients a) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < a.inputs * a.channels) norm_gradients_channel<T>(a, i);
-}
-
 }  // namespace
 
 namespace cuda {
@@ -443,25 +412,6 @@ void normalize_backward(const NormalizationBackward& a, const Place& place) {
   const auto kernel = a.dtype == DType::kFloat64 ? normalize_backward_kernel<double>
                                                  : normalize_backward_kernel<float>;
   launch("normalize_backward", kernel, Grid{a.inputs, kThreads}, place, a);
-}
-
-void node_coefficients(const NodeCoefficients& a, const Place& place) {
-  const auto kernel = a.terms.dtype == DType::kFloat64 ? node_coefficients_kernel<double>
-                                                       : node_coefficients_kernel<float>;
-  launch("node_coefficients", kernel, grid_of(a.terms.inputs * a.terms.channels, kThreads), place,
-         a);
-}
-
-void node_gradients(const NodeGradients& a, const Place& place) {
-  const auto kernel = a.terms.dtype == DType::kFloat64 ? node_gradients_kernel<double>
-                                                       : node_gradients_kernel<float>;
-  launch("node_gradients", kernel, Grid{a.terms.inputs, kThreads}, place, a);
-}
-
-void norm_gradients(const NormGradients& a, const Place& place) {
-  const auto kernel =
-      a.dtype == DType::kFloat64 ? norm_gradients_kernel<double> : norm_gradients_kernel<float>;
-  launch("norm_gradients", kernel, grid_of(a.inputs * a.channels, kThreads), place, a);
 }
 
 }  // namespace cuda

@@ -36,12 +36,6 @@ template <Unit unit>
 void normalize(const Normalization& arguments);
 template <Unit unit>
 void normalize_backward(const NormalizationBackward& arguments);
-template <Unit unit>
-void node_coefficients(const NodeCoefficients& arguments);
-template <Unit unit>
-void node_gradients(const NodeGradients& arguments);
-template <Unit unit>
-void norm_gradients(const NormGradients& arguments);
 
 // stage.h and mixing.h
 template <Unit unit>
@@ -67,9 +61,6 @@ void channel_sums(const ChannelSums& arguments, const Place& place);
 void node_sum_dq(const NodeSumDq& arguments, const Place& place);
 void normalize(const Normalization& arguments, const Place& place);
 void normalize_backward(const NormalizationBackward& arguments, const Place& place);
-void node_coefficients(const NodeCoefficients& arguments, const Place& place);
-void node_gradients(const NodeGradients& arguments, const Place& place);
-void norm_gradients(const NormGradients& arguments, const Place& place);
 
 }  // namespace cuda
 }  // namespace rdarts

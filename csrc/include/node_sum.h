@@ -77,7 +77,7 @@ struct Normalization {
   int row[kMostInputs];             // of input k in `sums`; -1: not normalised
   void* running_mean[kMostInputs];  // [C] or null
   void* running_var[kMostInputs];
-  const void* weights;  // [K] or null for ones
+  const void* weights;  // [K]
   const double* sums;   // [3, rows, C] of channel_sums, in training
   int rows;
   double* mean;  // [K, C] each
@@ -100,58 +100,6 @@ struct NormalizationBackward {
   const double* rstd;
   double* dweights;  // [K]
   void* by_g;        // [K, C] each
-  void* by_z;
-  void* constant;
-};
-
-// A cell's table of batch norms: mean and rstd of every tensor that has one, [R, C] each. Terms of a
-// node's sum name their row (-1: none, as mean 0 and rstd 1) and their weight in the cell's.
-struct NodeTerms {
-  DType dtype;
-  int inputs;
-  int64_t channels;
-  const double* mean;
-  const double* rstd;
-  int row[kMostInputs];
-  int weight[kMostInputs];
-  const void* weights;  // [E, O]
-};
-
-// scale = weight * rstd,  shift = -scale * mean
-struct NodeCoefficients {
-  NodeTerms terms;
-  double* pivot;  // [K, C]: the means, for node_sum_dq
-  void* scale;    // [K, C] each
-  void* shift;
-};
-
-// What the backward of a node is made of: dweights += sum f g z^, and each term's gradient as
-// by_g f g + by_z z + constant. A term that is not `own` (a state, whose norm lies before it) gets
-// that of the normalised value: by_g = weight.
-struct NodeGradients {
-  NodeTerms terms;
-  double count;
-  bool training;
-  bool own[kMostInputs];
-  const double* sums;  // [2, K, C] of node_sum_dq about the means
-  void* dweights;      // [E, O], added to
-  void* by_g;          // [K, C] each
-  void* by_z;
-  void* constant;
-};
-
-// The gradient of G tensors from that of their normalised values v with ReLU below: dz = by_g dv +
-// by_z z + constant.
-struct NormGradients {
-  DType dtype;
-  int inputs;
-  int64_t channels;
-  double count;
-  bool training;
-  const double* mean;  // [G, C] each
-  const double* rstd;
-  const double* sums;  // [2, G, C]: sum of dv, of dv v
-  void* by_g;          // [G, C] each
   void* by_z;
   void* constant;
 };

@@ -12,7 +12,7 @@ namespace rdarts {
 template <typename T>
 RDARTS_BODY void normalize_channel(const Normalization& a, int k, int64_t c) {
   const int64_t i = k * a.channels + c;
-  const double weight = a.weights ? static_cast<const T*>(a.weights)[k] : T(1);
+  const double weight = static_cast<const T*>(a.weights)[k];
   double mean = 0, rstd = 1;
   if (a.row[k] >= 0) {
     T* const running_mean = static_cast<T*>(a.running_mean[k]);
@@ -61,70 +61,6 @@ RDARTS_BODY double normalize_channel_backward(const NormalizationBackward& a, in
   static_cast<T*>(a.by_z)[i] = by_z;
   static_cast<T*>(a.constant)[i] = constant;
   return along;
-}
-
-// The coefficients of a batch norm's backward; `along` is the sum of the gradient times z^.
-template <typename T>
-struct Backward {
-  T by_g, by_z, constant;
-};
-
-template <typename T>
-RDARTS_BODY Backward<T> norm_backward(double by_g, double mean, double rstd, double sum,
-                                      double along, double count) {
-  const T by_z = static_cast<T>(-by_g * rstd * along / count);
-  return {static_cast<T>(by_g), by_z, static_cast<T>(-by_g * sum / count - by_z * mean)};
-}
-
-template <typename T>
-RDARTS_BODY void put(const Backward<T>& b, int64_t i, void* by_g, void* by_z, void* constant) {
-  static_cast<T*>(by_g)[i] = b.by_g;
-  static_cast<T*>(by_z)[i] = b.by_z;
-  static_cast<T*>(constant)[i] = b.constant;
-}
-
-RDARTS_BODY double mean_of(const NodeTerms& a, int k, int64_t c) {
-  return a.row[k] < 0 ? 0.0 : a.mean[a.row[k] * a.channels + c];
-}
-
-RDARTS_BODY double rstd_of(const NodeTerms& a, int k, int64_t c) {
-  return a.row[k] < 0 ? 1.0 : a.rstd[a.row[k] * a.channels + c];
-}
-
-template <typename T>
-RDARTS_BODY void node_coefficients_channel(const NodeCoefficients& a, int k, int64_t c) {
-  const NodeTerms& t = a.terms;
-  const int64_t i = k * t.channels + c;
-  const double weight = static_cast<const T*>(t.weights)[t.weight[k]];
-  const double mean = mean_of(t, k, c);
-  // As above, the shift belongs to the rounded scale.
-  const T scale = static_cast<T>(weight * rstd_of(t, k, c));
-  a.pivot[i] = mean;
-  static_cast<T*>(a.scale)[i] = scale;
-  static_cast<T*>(a.shift)[i] = static_cast<T>(-scale * mean);
-}
-
-// Returns the channel's part of the weight's gradient.
-template <typename T>
-RDARTS_BODY double node_gradients_channel(const NodeGradients& a, int k, int64_t c) {
-  const NodeTerms& t = a.terms;
-  const int64_t i = k * t.channels + c, all = t.inputs * t.channels;
-  const double mean = mean_of(t, k, c), rstd = rstd_of(t, k, c), sum = a.sums[all + i];
-  const double weight = static_cast<const T*>(t.weights)[t.weight[k]];
-  const double pivot = static_cast<T>(mean);
-  const double along = rstd * (a.sums[i] + (pivot - mean) * sum);
-  Backward<T> b = {static_cast<T>(a.own[k] ? weight * rstd : weight), T(0), T(0)};
-  if (a.own[k] && a.training) b = norm_backward<T>(weight * rstd, mean, rstd, sum, along, a.count);
-  put(b, i, a.by_g, a.by_z, a.constant);
-  return along;
-}
-
-template <typename T>
-RDARTS_BODY void norm_gradients_channel(const NormGradients& a, int64_t i) {
-  const double rstd = a.rstd[i], sum = a.sums[i], along = a.sums[a.inputs * a.channels + i];
-  Backward<T> b = {static_cast<T>(rstd), T(0), T(0)};
-  if (a.training) b = norm_backward<T>(rstd, a.mean[i], rstd, sum, along, a.count);
-  put(b, i, a.by_g, a.by_z, a.constant);
 }
 
 }  // namespace rdarts
