@@ -10,8 +10,6 @@
 #include <vector>
 
 #include "bindings.h"
-#include "dispatch.h"
-#include "launchers.h"
 
 namespace py = pybind11;
 
@@ -130,6 +128,7 @@ PYBIND11_MODULE(_rdarts_fast, module) {
   define("philox_uniform", &philox_uniform_at, "Fill float32 [count], uniform in [0, 1).");
   define("philox_normal", &philox_normal_at, "Fill float32 [count], standard normal.");
   define_kernels(module);
+  define_pools(module);
 }
 
 }  // namespace rdarts

@@ -1,10 +1,62 @@
-// What the files that define the module's functions share.
+// What the files that define the module's functions share. Tensors come as one flat list of numbers,
+// coefficients and sums as addresses (rdarts_fast/kernels/array.py, which checks them).
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+#include "dispatch.h"
+#include "launchers.h"
+
 namespace rdarts {
 
 void define_kernels(pybind11::module_& module);
+void define_pools(pybind11::module_& module);
+
+using Shape = std::array<int64_t, 4>;
+using Address = std::uintptr_t;
+using Numbers = std::vector<int64_t>;
+
+template <typename T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Five numbers a tensor: address and strides.
+inline std::vector<Array> arrays_of(int dtype, const Shape& shape, const Numbers& flat) {
+  if (dtype < 0 || dtype > 2 || flat.size() % 5 != 0) {
+    throw std::invalid_argument("dtype: expected 0, 1 or 2; tensors: expected five numbers each");
+  }
+  std::vector<Array> arrays(flat.size() / 5);
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    arrays[i].data = pointer(static_cast<Address>(flat[5 * i]));
+    arrays[i].dtype = static_cast<DType>(dtype);
+    for (int d = 0; d < 4; ++d) {
+      arrays[i].shape[d] = shape[d];
+      arrays[i].strides[d] = flat[5 * i + 1 + d];
+    }
+  }
+  return arrays;
+}
+
+inline void check_cpu_dtype(DType dtype, const Place& place) {
+  if (place.device < 0 && dtype == DType::kBFloat16) {
+    throw std::invalid_argument("dtype: expected float32 or float64 on the CPU, got bfloat16");
+  }
+}
 
 }  // namespace rdarts
+
+// Calls the launcher of that name on the side and the unit that `place` names.
+#define RDARTS_LAUNCH(NAME, ...)                                                     \
+  do {                                                                               \
+    if (place.device >= 0) {                                                         \
+      if constexpr (kCuda) cuda::NAME(arguments, place);                             \
+    } else {                                                                         \
+      on_unit(place.unit, [&](auto unit) { NAME<decltype(unit)::value>(__VA_ARGS__); }); \
+    }                                                                                \
+  } while (false)

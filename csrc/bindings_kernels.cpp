@@ -1,5 +1,4 @@
-// The module's functions of the node sum: tensors come as one flat list of numbers, coefficients
-// and sums as addresses (rdarts_fast/kernels/array.py, which checks them).
+// The module's functions of the node sum.
 #include <pybind11/stl.h>
 
 #include <cstdint>
@@ -10,40 +9,13 @@
 #include <vector>
 
 #include "bindings.h"
-#include "dispatch.h"
-#include "launchers.h"
 
 namespace py = pybind11;
 
 namespace rdarts {
 namespace {
 
-using Shape = std::array<int64_t, 4>;
-using Address = std::uintptr_t;
-using Numbers = std::vector<int64_t>;
 using Seeds = std::optional<std::vector<uint64_t>>;
-
-template <typename T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// Five numbers a tensor: address and strides.
-std::vector<Array> arrays_of(int dtype, const Shape& shape, const Numbers& flat) {
-  if (dtype < 0 || dtype > 2 || flat.size() % 5 != 0) {
-    throw std::invalid_argument("dtype: expected 0, 1 or 2; tensors: expected five numbers each");
-  }
-  std::vector<Array> arrays(flat.size() / 5);
-  for (size_t i = 0; i < arrays.size(); ++i) {
-    arrays[i].data = pointer(static_cast<Address>(flat[5 * i]));
-    arrays[i].dtype = static_cast<DType>(dtype);
-    for (int d = 0; d < 4; ++d) {
-      arrays[i].shape[d] = shape[d];
-      arrays[i].strides[d] = flat[5 * i + 1 + d];
-    }
-  }
-  return arrays;
-}
 
 // seed, step, branch and pass, addresses of weights and factors, then the sites.
 Drawn drawn_of(const Seeds& noise) {
@@ -61,22 +33,6 @@ Drawn drawn_of(const Seeds& noise) {
   for (int j = 0; j < drawn.count; ++j) drawn.sites[j] = static_cast<uint32_t>(n[5 + j]);
   return drawn;
 }
-
-void check_cpu_dtype(DType dtype, const Place& place) {
-  if (place.device < 0 && dtype == DType::kBFloat16) {
-    throw std::invalid_argument("dtype: expected float32 or float64 on the CPU, got bfloat16");
-  }
-}
-
-// Calls the launcher of that name on the side and the unit that `place` names.
-#define RDARTS_LAUNCH(NAME, ...)                                                     \
-  do {                                                                               \
-    if (place.device >= 0) {                                                         \
-      if constexpr (kCuda) cuda::NAME(arguments, place);                             \
-    } else {                                                                         \
-      on_unit(place.unit, [&](auto unit) { NAME<decltype(unit)::value>(__VA_ARGS__); }); \
-    }                                                                                \
-  } while (false)
 
 void run(const NodeSum& arguments, const Place& place) {
   RDARTS_LAUNCH(node_sum, arguments, place.threads);
@@ -96,7 +52,6 @@ void run(const Normalization& arguments, const Place& place) {
 void run(const NormalizationBackward& arguments, const Place& place) {
   RDARTS_LAUNCH(normalize_backward, arguments);
 }
-#undef RDARTS_LAUNCH
 
 // Doubles that the reductions need for their partial sums.
 int64_t partial_sums(const Shape& shape, int64_t inputs, int64_t sites, const Place& place) {
@@ -159,8 +114,8 @@ using Rule = std::tuple<double, double, bool>;  // eps, momentum, training
 
 void normalized_sum_at(int dtype, const Shape& shape, const Numbers& tensors, Address weights,
                        const std::vector<bool>& normalised, const std::vector<Address>& running,
-                       Address factors, const Seeds& noise, const Rule& rule, Address statistics,
-                       Address space, const Place& place) {
+                       const Numbers& known, Address factors, const Seeds& noise,
+                       const Rule& rule, Address statistics, Address space, const Place& place) {
   const std::vector<Array> a = arrays_of(dtype, shape, tensors);
   check_cpu_dtype(a[0].dtype, place);
   const int inputs = static_cast<int>(a.size() - 1);
@@ -174,18 +129,25 @@ void normalized_sum_at(int dtype, const Shape& shape, const Numbers& tensors, Ad
   std::tie(n.eps, n.momentum, n.training) = rule;
   std::vector<Array> chosen;
   for (int k = 0; k < inputs; ++k) {
-    n.row[k] = normalised[k] ? static_cast<int>(chosen.size()) : -1;
-    if (normalised[k]) chosen.push_back(a[1 + k]);
+    if (normalised[k]) n.normalised |= uint64_t{1} << k;
+    if (!known.empty()) {  // an address and what lies between its rows
+      n.sums[k] = pointer<const double>(known[2 * k]), n.apart[k] = known[2 * k + 1];
+    }
+    if (n.training && normalised[k] && !n.sums[k]) {
+      n.sums[k] = sums + static_cast<int64_t>(chosen.size()) * shape[1];
+      chosen.push_back(a[1 + k]);
+    }
     if (!running.empty()) {
       n.running_mean[k] = pointer(running[2 * k]);
       n.running_var[k] = pointer(running[2 * k + 1]);
     }
   }
-  n.rows = static_cast<int>(chosen.size());
-  if (n.training && n.rows > 0) {
-    run(ChannelSums{chosen.data(), n.rows, nullptr, sums, sums + 3 * plane}, place);
+  const int rows = static_cast<int>(chosen.size());
+  for (int k = 0; k < inputs; ++k) {
+    if (n.apart[k] == 0) n.apart[k] = rows * shape[1];
   }
-  n.weights = pointer(weights), n.sums = sums;
+  if (rows > 0) run(ChannelSums{chosen.data(), rows, nullptr, sums, sums + 3 * plane}, place);
+  n.weights = pointer(weights);
   n.statistics = pointer<double>(statistics), n.scale = scale, n.shift = shift;
   run(n, place);
   run(NodeSum{a[0], &a[1], inputs, scale, shift, pointer(factors), drawn_of(noise)}, place);

@@ -7,6 +7,7 @@
 #include "node_sum.h"
 #include "philox.h"
 #include "place.h"
+#include "pool.h"
 
 namespace rdarts {
 
@@ -35,6 +36,14 @@ void normalize(const Normalization& arguments);
 template <Unit unit>
 void normalize_backward(const NormalizationBackward& arguments);
 
+// pool.h says what they compute; float32 and float64.
+template <Unit unit>
+void pool(const Pool& arguments, int threads);
+template <Unit unit>
+void pool_tangent(const Pool& arguments, int threads);
+template <Unit unit>
+void pool_adjoint(const PoolAdjoint& arguments, int threads);
+
 namespace cuda {
 
 void philox_bits(int64_t* out, int64_t count, PhiloxStart start, const Place& place);
@@ -49,6 +58,9 @@ void channel_sums(const ChannelSums& arguments, const Place& place);
 void node_sum_dq(const NodeSumDq& arguments, const Place& place);
 void normalize(const Normalization& arguments, const Place& place);
 void normalize_backward(const NormalizationBackward& arguments, const Place& place);
+void pool(const Pool& arguments, const Place& place);
+void pool_tangent(const Pool& arguments, const Place& place);
+void pool_adjoint(const PoolAdjoint& arguments, const Place& place);
 
 }  // namespace cuda
 }  // namespace rdarts
