@@ -7,8 +7,9 @@
 // behind the images: the inner loops run over whole rows and know no borders. At stride 2 even and
 // odd pixels lie apart. Maxima and means go by columns, then by rows.
 #include <algorithm>
+#include <limits>
 #include <memory>
-#include <vector>
+#include <type_traits>
 
 #include "launchers.h"
 #include "parallel.h"
@@ -31,8 +32,6 @@ struct Images {
   int stride;
   bool inner;  // channels innermost
   int64_t deep;  // channels a strip
-
-  int64_t kept(int64_t pixel) const { return counted(pixel, stride, width); }
 };
 
 Images images_of(const Array& x, const Array* others, int stride) {
@@ -123,17 +122,22 @@ void copy_row(const Array& a, int64_t sample, int64_t row, const Strip& s, bool 
 // What is the same in every row of a strip.
 template <typename T>
 struct Columns {
-  Rows<Lane<T>> border;  // whether a window has no left column, whether it has no right one
-  Rows<T> inverse;       // 1 / its columns
+  Rows<T> rows;         // what is added to a left and to a right column: minus infinity where there
+                        // is none, else -0, which changes nothing; then 1 / the window's columns
+  Rows<Lane<T>> first;  // the first column that there is
 
-  explicit Columns(const Images& m) : border(m, 2), inverse(m, 1) {}
+  explicit Columns(const Images& m) : rows(m, 3), first(m, 1) {}
   void start(const Images& m, const Strip& s) {
-    border.clear(), inverse.clear();
+    constexpr T none = -std::numeric_limits<T>::infinity();
+    rows.clear(), first.clear();
     s.each(m.columns, [&](int64_t, int64_t pixel, int64_t i) {
-      border[0][i] = pixel == 0, border[1][i] = m.stride * pixel + 1 >= m.width;
-      inverse[0][i] = inverse_of<T>(static_cast<int>(m.kept(pixel)));
+      rows[0][i] = pixel == 0 ? none : T(-0.0);
+      rows[1][i] = m.stride * pixel + 1 >= m.width ? none : T(-0.0);
+      rows[2][i] = inverse_of<T>(counted(pixel, m.stride, m.width));
+      first[0][i] = pixel == 0;
     });
   }
+  const T* inverse() const { return rows[2]; }
 };
 
 // The elements of three columns, as three packed rows.
@@ -177,14 +181,15 @@ template <typename T>
 void columns_max(const Window<T>& x, const Columns<T>& columns, int64_t size, T* __restrict most,
                  Lane<T>* __restrict place) {
   const T *__restrict left = x.left, *__restrict middle = x.middle, *__restrict right = x.right;
-  const Lane<T> *__restrict first = columns.border[0], *__restrict last = columns.border[1];
+  const T *__restrict before = columns.rows[0], *__restrict behind = columns.rows[1];
+  const Lane<T>* __restrict first = columns.first[0];
   for (int64_t i = 0; i < size; ++i) {
-    const T second = middle[i], third = right[i];
-    T best = first[i] ? second : left[i];
-    Lane<T> at = first[i];
+    const T second = middle[i], third = right[i] + behind[i];
+    T best = left[i] + before[i];
     const bool by_second = takes(second, best);
-    best = by_second ? second : best, at = by_second ? 1 : at;
-    const bool by_third = takes(third, best) & !last[i];
+    best = by_second ? second : best;
+    const Lane<T> at = by_second ? 1 : first[i];
+    const bool by_third = takes(third, best);
     most[i] = by_third ? third : best, place[i] = by_third ? 2 : at;
   }
 }
@@ -321,7 +326,7 @@ class SamplePools {
   }
 
   void write_mean(int64_t n, int64_t row, const Strip& s) {
-    rows_mean(ring_, m_, row, columns_.inverse[0], s.size(), out_[0]);
+    rows_mean(ring_, m_, row, columns_.inverse(), s.size(), out_[0]);
     add_sums(out_[0], s.size(), sums_[1]);
     copy_row<true, T>(a_.out[1], n, row, s, m_.inner, 0, 1, out_[0]);
   }
@@ -335,18 +340,16 @@ class SamplePools {
   Sums<T> sums_[kPools];
 };
 
-// out = the element of x at the maximum's place.
+// out = the element of x at the maximum's place, where that lies in the window's row `row`.
 template <typename T>
-void select(const Window<T> (&x)[3], const Lane<T>* __restrict place, int64_t size,
+void select(const Window<T>& x, int row, const Lane<T>* __restrict place, int64_t size,
             T* __restrict out) {
+  const T *__restrict left = x.left, *__restrict middle = x.middle, *__restrict right = x.right;
+  const Lane<T> first = 3 * row;
   for (int64_t i = 0; i < size; ++i) {
-    T value = 0;
-    for (int row = 0; row < 3; ++row) {
-      value = place[i] == 3 * row ? x[row].left[i] : value;
-      value = place[i] == 3 * row + 1 ? x[row].middle[i] : value;
-      value = place[i] == 3 * row + 2 ? x[row].right[i] : value;
-    }
-    out[i] = value;
+    const T zeroth = left[i], second = middle[i], third = right[i];
+    const Lane<T> at = place[i] - first;
+    out[i] = at == 0 ? zeroth : at == 1 ? second : at == 2 ? third : out[i];
   }
 }
 
@@ -367,14 +370,14 @@ void tangent_of_sample(const Pool& a, const Images& m, int64_t n) {
       }
       if (a.out[0].data) {
         const Three three(m, row);
-        const Window<T> x[3] = {ring.window(three.row[0], s), ring.window(three.row[1], s),
-                                ring.window(three.row[2], s)};
         copy_row<false, const uint8_t>(a.place, n, row, s, m.inner, 0, 1, place[0]);
-        select(x, place[0], s.size(), out[0]);
+        for (int i = 0; i < 3; ++i) {
+          select(ring.window(three.row[i], s), i, place[0], s.size(), out[0]);
+        }
         copy_row<true, T>(a.out[0], n, row, s, m.inner, 0, 1, out[0]);
       }
       if (a.out[1].data) {
-        rows_mean(ring, m, row, columns.inverse[0], s.size(), out[0]);
+        rows_mean(ring, m, row, columns.inverse(), s.size(), out[0]);
         copy_row<true, T>(a.out[1], n, row, s, m.inner, 0, 1, out[0]);
       }
     }
@@ -463,7 +466,7 @@ class SampleAdjoint {
       copy_row<false, const T>(a_.g[1], n, row, s, m_.inner, 0, 1, g_[0]);
       const T part = inverse_of<T>(counted(row, stride, m_.height));
       T* const g = g_[0];
-      const T* const inverse = columns_.inverse[0];
+      const T* const inverse = columns_.inverse();
       for (int64_t i = 0; i < s.size(); ++i) g[i] *= part * inverse[i];
       spread.mean(g, s.depth, s.size());
     }
