@@ -22,6 +22,8 @@ namespace {
 constexpr int64_t kRow = 512;         // elements of a packed row: a strip's rows stay in the L1 cache
 constexpr int64_t kLeastDeep = 16;    // channels of a strip, where they lie innermost
 constexpr int64_t kRowsFlushed = 64;  // rows that are summed in the array's type
+constexpr int64_t kPiece = 1 << 15;   // elements that a thread takes at once, about: a strip is set up
+                                      // once a piece
 
 // Numbers beside a T in the same vector.
 template <typename T>
@@ -33,6 +35,11 @@ struct Images {
   bool inner;  // channels innermost
   int64_t deep;  // channels a strip
 };
+
+// Samples of a piece of work.
+int64_t grain_of(const Images& m) {
+  return std::max<int64_t>(1, kPiece / (m.channels * m.height * m.width));
+}
 
 Images images_of(const Array& x, const Array* others, int stride) {
   Images m;
@@ -277,25 +284,13 @@ class SamplePools {
   SamplePools(const Pool& a, const Images& m)
       : a_(a), m_(m), ring_(m), columns_(m), out_(m, 1), place_(m, 1), sums_{Sums<T>(m), Sums<T>(m)} {}
 
-  // sums: [2, kinds, C] of the sample.
-  void run(int64_t n, double* sums) {
-    const int kinds = kinds_of(a_.out);
-    std::fill_n(sums, 2 * kinds * m_.channels, 0.0);
+  void run(int64_t from, int64_t to) {
+    const int64_t size = 2 * kinds_of(a_.out) * m_.channels;
+    std::fill_n(a_.workspace + from * size, (to - from) * size, 0.0);
     for (int64_t first = 0; first < m_.channels; first += m_.deep) {
       const Strip s(m_, first);
       start(s);
-      int64_t next = 0;
-      for (int64_t row = 0; row < m_.rows; ++row) {
-        for (; next < std::min(m_.stride * row + 2, m_.height); ++next) read(n, next, s);
-        if (a_.out[0].data) write_max(n, row, s);
-        if (a_.out[1].data) write_mean(n, row, s);
-        if ((row + 1) % kRowsFlushed != 0 && row + 1 < m_.rows) continue;
-        for (int kind = 0, k = 0; kind < kPools; ++kind) {
-          if (!a_.out[kind].data) continue;
-          double* const total = sums + k++ * m_.channels + first;
-          sums_[kind].fold(s, m_.columns, total, total + kinds * m_.channels);
-        }
-      }
+      for (int64_t n = from; n < to; ++n) run_strip(n, s, a_.workspace + n * size + first);
     }
   }
 
@@ -309,6 +304,22 @@ class SamplePools {
       s.each(m_.columns, [&](int64_t c, int64_t, int64_t i) {
         sums.rows[0][i] = x[c * a_.x.strides[1]];
       });
+    }
+  }
+
+  void run_strip(int64_t n, const Strip& s, double* sums /* [2, kinds, C], from its channels on */) {
+    int64_t next = 0;
+    for (int64_t row = 0; row < m_.rows; ++row) {
+      for (; next < std::min(m_.stride * row + 2, m_.height); ++next) read(n, next, s);
+      if (a_.out[0].data) write_max(n, row, s);
+      if (a_.out[1].data) write_mean(n, row, s);
+      if ((row + 1) % kRowsFlushed != 0 && row + 1 < m_.rows) continue;
+      double* total = sums;
+      for (int kind = 0; kind < kPools; ++kind) {
+        if (!a_.out[kind].data) continue;
+        sums_[kind].fold(s, m_.columns, total, total + kinds_of(a_.out) * m_.channels);
+        total += m_.channels;
+      }
     }
   }
 
@@ -354,35 +365,49 @@ void select(const Window<T>& x, int row, const Lane<T>* __restrict place, int64_
 }
 
 template <typename T>
-void tangent_of_sample(const Pool& a, const Images& m, int64_t n) {
-  Ring<T> ring(m);
-  Columns<T> columns(m);
-  Rows<T> out(m, 1);
-  Rows<Lane<T>> place(m, 1);
-  for (int64_t first = 0; first < m.channels; first += m.deep) {
-    const Strip s(m, first);
-    ring.start(), place.clear(), columns.start(m, s);
+class SampleTangents {
+ public:
+  SampleTangents(const Pool& a, const Images& m)
+      : a_(a), m_(m), ring_(m), columns_(m), out_(m, 1), place_(m, 1) {}
+
+  void run(int64_t from, int64_t to) {
+    for (int64_t first = 0; first < m_.channels; first += m_.deep) {
+      const Strip s(m_, first);
+      ring_.start(), place_.clear(), columns_.start(m_, s);
+      for (int64_t n = from; n < to; ++n) run_strip(n, s);
+    }
+  }
+
+ private:
+  void run_strip(int64_t n, const Strip& s) {
     int64_t next = 0;
-    for (int64_t row = 0; row < m.rows; ++row) {
-      for (; next < std::min(m.stride * row + 2, m.height); ++next) {
-        ring.read(a.x, n, next, s);
-        columns_sum(ring.window(next, s), s.size(), ring.sum(next));
+    for (int64_t row = 0; row < m_.rows; ++row) {
+      for (; next < std::min(m_.stride * row + 2, m_.height); ++next) {
+        ring_.read(a_.x, n, next, s);
+        columns_sum(ring_.window(next, s), s.size(), ring_.sum(next));
       }
-      if (a.out[0].data) {
-        const Three three(m, row);
-        copy_row<false, const uint8_t>(a.place, n, row, s, m.inner, 0, 1, place[0]);
+      if (a_.out[0].data) {
+        const Three three(m_, row);
+        copy_row<false, const uint8_t>(a_.place, n, row, s, m_.inner, 0, 1, place_[0]);
         for (int i = 0; i < 3; ++i) {
-          select(ring.window(three.row[i], s), i, place[0], s.size(), out[0]);
+          select(ring_.window(three.row[i], s), i, place_[0], s.size(), out_[0]);
         }
-        copy_row<true, T>(a.out[0], n, row, s, m.inner, 0, 1, out[0]);
+        copy_row<true, T>(a_.out[0], n, row, s, m_.inner, 0, 1, out_[0]);
       }
-      if (a.out[1].data) {
-        rows_mean(ring, m, row, columns.inverse(), s.size(), out[0]);
-        copy_row<true, T>(a.out[1], n, row, s, m.inner, 0, 1, out[0]);
+      if (a_.out[1].data) {
+        rows_mean(ring_, m_, row, columns_.inverse(), s.size(), out_[0]);
+        copy_row<true, T>(a_.out[1], n, row, s, m_.inner, 0, 1, out_[0]);
       }
     }
   }
-}
+
+  const Pool& a_;
+  const Images& m_;
+  Ring<T> ring_;
+  Columns<T> columns_;
+  Rows<T> out_;
+  Rows<Lane<T>> place_;
+};
 
 // What a row of results hands back to the rows of its windows: dx[row] += ...
 template <typename T, int stride>
@@ -426,30 +451,34 @@ struct Spread {
 };
 
 template <typename T, int stride>
-class SampleAdjoint {
+class SampleAdjoints {
  public:
-  SampleAdjoint(const PoolAdjoint& a, const Images& m)
+  SampleAdjoints(const PoolAdjoint& a, const Images& m)
       : a_(a), m_(m), columns_(m), g_(m, 1), dx_(m, 8), place_(m, 1) {}
 
-  void run(int64_t n) {
+  void run(int64_t from, int64_t to) {
     for (int64_t first = 0; first < m_.channels; first += m_.deep) {
       const Strip s(m_, first);
       columns_.start(m_, s), g_.clear(), place_.clear();
-      int64_t next = 0, done = 0;
-      for (int64_t row = 0; row < m_.rows; ++row) {
-        const int64_t end = std::min(stride * row + 2, m_.height);  // of the rows that it reaches
-        for (; next < end; ++next) {
-          std::fill_n(dx_[next % 3], s.size(), T(0));
-          std::fill_n(dx_[4 + next % 3], s.size(), T(0));
-        }
-        add(n, row, s);
-        const int64_t last = row + 1 < m_.rows ? stride * (row + 1) - 1 : m_.height;
-        for (; done < last; ++done) write(n, done, s);
-      }
+      for (int64_t n = from; n < to; ++n) run_strip(n, s);
     }
   }
 
  private:
+  void run_strip(int64_t n, const Strip& s) {
+    int64_t next = 0, done = 0;
+    for (int64_t row = 0; row < m_.rows; ++row) {
+      const int64_t end = std::min(stride * row + 2, m_.height);  // of the rows that it reaches
+      for (; next < end; ++next) {
+        std::fill_n(dx_[next % 3], s.size(), T(0));
+        if (stride == 2) std::fill_n(dx_[4 + next % 3], s.size(), T(0));
+      }
+      add(n, row, s);
+      const int64_t last = row + 1 < m_.rows ? stride * (row + 1) - 1 : m_.height;
+      for (; done < last; ++done) write(n, done, s);
+    }
+  }
+
   void add(int64_t n, int64_t row, const Strip& s) {
     Spread<T, stride> spread;
     for (int i = 0; i < 3; ++i) {
@@ -488,10 +517,8 @@ template <typename T>
 void pool_of(const Pool& a, const Images& m, int threads) {
   const int kinds = kinds_of(a.out);
   const int64_t plane = kinds * m.channels;
-  parallel_for(m.samples, 1, threads, [&](int64_t from, int64_t to) {
-    SamplePools<T> pools(a, m);
-    for (int64_t n = from; n < to; ++n) pools.run(n, a.workspace + n * 2 * plane);
-  });
+  parallel_for(m.samples, grain_of(m), threads,
+               [&](int64_t from, int64_t to) { SamplePools<T>(a, m).run(from, to); });
   combine(a.workspace, m.samples, 2 * plane, a.sums);
   const T* const x = static_cast<const T*>(a.x.data);
   for (int64_t i = 0; i < plane; ++i) {
@@ -514,11 +541,9 @@ template <>
 void pool_tangent<RDARTS_UNIT>(const Pool& a, int threads) {
   if (is_empty(a.x)) return;
   const Images m = images_of(a.x, a.out, a.stride);
-  parallel_for(m.samples, 1, threads, [&](int64_t from, int64_t to) {
-    for (int64_t n = from; n < to; ++n) {
-      if (a.x.dtype == DType::kFloat64) tangent_of_sample<double>(a, m, n);
-      else tangent_of_sample<float>(a, m, n);
-    }
+  parallel_for(m.samples, grain_of(m), threads, [&](int64_t from, int64_t to) {
+    if (a.x.dtype == DType::kFloat64) SampleTangents<double>(a, m).run(from, to);
+    else SampleTangents<float>(a, m).run(from, to);
   });
 }
 
@@ -527,13 +552,11 @@ void pool_adjoint<RDARTS_UNIT>(const PoolAdjoint& a, int threads) {
   if (is_empty(a.dx)) return;
   const Images m = images_of(a.dx, a.g, a.stride);
   const bool wide = a.dx.dtype == DType::kFloat64;
-  parallel_for(m.samples, 1, threads, [&](int64_t from, int64_t to) {
-    for (int64_t n = from; n < to; ++n) {
-      if (wide && a.stride == 1) SampleAdjoint<double, 1>(a, m).run(n);
-      if (wide && a.stride == 2) SampleAdjoint<double, 2>(a, m).run(n);
-      if (!wide && a.stride == 1) SampleAdjoint<float, 1>(a, m).run(n);
-      if (!wide && a.stride == 2) SampleAdjoint<float, 2>(a, m).run(n);
-    }
+  parallel_for(m.samples, grain_of(m), threads, [&](int64_t from, int64_t to) {
+    if (wide && a.stride == 1) SampleAdjoints<double, 1>(a, m).run(from, to);
+    if (wide && a.stride == 2) SampleAdjoints<double, 2>(a, m).run(from, to);
+    if (!wide && a.stride == 1) SampleAdjoints<float, 1>(a, m).run(from, to);
+    if (!wide && a.stride == 2) SampleAdjoints<float, 2>(a, m).run(from, to);
   });
 }
 
