@@ -68,10 +68,10 @@ def normalized_sum(
     z: K tensors [N, C, H, W], K from 1 to 64, any strides. weights: [K]. normalised: which z are
     batch-normalised, all where None; the others enter as they are. running: for each z its
     (mean [C], var [C]) or None; in training they are updated in place as torch does, in eval mode
-    they are what normalises. factors: [K, N], no gradient. sums: for each z its sums as `pools`
-    gives them, [3, C] float64, or None; training reads no z twice that has them. Weights, factors and running buffers are
-    float64 for float64 images, else float32. Differentiable, twice and more, in z, weights and the
-    noise's weights. Raises TypeError and ValueError.
+    they are what normalises. factors: [K, N], no gradient. sums: for each z its sums [3, C] as
+    `pools` gives them, so that training need not read it for them, or None. Weights, factors and
+    running buffers are float64 for float64 images, else float32. Differentiable, twice and more, in
+    z, weights and the noise's weights. Raises TypeError and ValueError.
     """
     array.check_inputs(z)
     k = len(z)
@@ -158,8 +158,10 @@ def _check_sums(sums: Sums | None, z: Sequence[Tensor]) -> None:
             found = (rows.dtype, tuple(rows.shape)) if isinstance(rows, Tensor) else type(rows)
             raise ValueError(f"sums[{k}]: expected a float64 tensor [3, C] = {shape}, got {found}")
         if rows.device != z[0].device or rows.stride(1) != 1:
-            raise ValueError(f"sums[{k}]: expected packed rows on {z[0].device}, got strides "
-                             f"{rows.stride()} on {rows.device}")
+            raise ValueError(
+                f"sums[{k}]: expected packed rows on {z[0].device}, got strides "
+                f"{rows.stride()} on {rows.device}"
+            )
 
 
 class _NormalizedSum(Function):

@@ -48,7 +48,7 @@ def pools(x: Tensor, stride: int = 1, kinds: Sequence[str] = KINDS) -> list[Pool
     array.check_images(x, "x")
     if 0 in x.shape[1:]:
         raise ValueError(f"x: expected a channel and a pixel or more, got shape {tuple(x.shape)}")
-    if isinstance(stride, bool) or stride not in (1, 2):
+    if type(stride) is not int or stride not in (1, 2):
         raise ValueError(f"stride: expected 1 or 2, got {stride!r}")
     chosen = tuple(kinds)
     if isinstance(kinds, str) or not chosen or sorted(set(chosen) & set(KINDS)) != sorted(chosen):
