@@ -13,6 +13,7 @@ from rdarts_fast.networks.operations import OPERATIONS
 from rdarts_fast.search import run_search
 from rdarts_fast.spaces import SPACES, space_from_dict
 from tests.conftest import device_of
+from tests.host_cuda import counts, on_host
 from tests.small import settings
 
 ALL = [name for name in OPERATIONS]
@@ -72,6 +73,15 @@ def test_odd_sizes(sizes: tuple[int, int, int, int]) -> None:
     one, other = (everything(net, images, 0.0) for net in nets)
     for a, b in zip(one, other, strict=True):
         assert (a - b).abs().max() <= 1e-10 * (1 + a.abs().max())
+
+
+def test_both_pools_of_a_state_are_one_launch() -> None:
+    """A reduction cell: two inputs at stride 2 and all nodes but the last at stride 1."""
+    net = two("darts", channels=2, layers=1)[1]
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with on_host():
+        net(images, softmax_weights(net.initial_alphas(1)), Draws(5))
+        assert counts()["pool"].launches == 2 + 3
 
 
 def test_same_names_and_order() -> None:
