@@ -74,6 +74,15 @@ def test_first_and_second_derivatives(backend: str, stride: int) -> None:
         assert torch.autograd.gradcheck(function, x, fast_mode=True)
         assert torch.autograd.gradgradcheck(function, x, fast_mode=True)
 
+        # The gradient as a function of its cotangent is linear; so is its own, and that one's.
+        values = function(x)
+
+        def gradient(*g: Tensor, values=values) -> Tensor:
+            return torch.autograd.grad(values, x, g, create_graph=True)[0]
+
+        g = [torch.randn_like(value).requires_grad_() for value in values]
+        assert torch.autograd.gradgradcheck(gradient, g, fast_mode=True)
+
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_second_derivatives_are_torchs(backend: str, stride: int) -> None:
