@@ -1,5 +1,5 @@
-// What the files that define the module's functions share. Tensors come as one flat list of numbers,
-// coefficients and sums as addresses (rdarts_fast/kernels/array.py, which checks them).
+// What the files that define the module's functions share. Tensors come as one flat list of
+// numbers, coefficients and sums as addresses (rdarts_fast/kernels/array.py, which checks them).
 #pragma once
 
 #include <pybind11/pybind11.h>

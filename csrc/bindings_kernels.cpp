@@ -127,15 +127,15 @@ void normalized_sum_at(int dtype, const Shape& shape, const Numbers& tensors, Ad
   n.dtype = a[0].dtype, n.inputs = inputs, n.channels = shape[1];
   n.count = static_cast<double>(shape[0] * shape[2] * shape[3]);
   std::tie(n.eps, n.momentum, n.training) = rule;
-  std::vector<Array> chosen;
+  std::vector<Array> chosen;  // whose sums are still to be had
+  std::vector<int> summed;
   for (int k = 0; k < inputs; ++k) {
     if (normalised[k]) n.normalised |= uint64_t{1} << k;
     if (!known.empty()) {  // an address and what lies between its rows
       n.sums[k] = pointer<const double>(known[2 * k]), n.apart[k] = known[2 * k + 1];
     }
     if (n.training && normalised[k] && !n.sums[k]) {
-      n.sums[k] = sums + static_cast<int64_t>(chosen.size()) * shape[1];
-      chosen.push_back(a[1 + k]);
+      chosen.push_back(a[1 + k]), summed.push_back(k);
     }
     if (!running.empty()) {
       n.running_mean[k] = pointer(running[2 * k]);
@@ -143,8 +143,8 @@ void normalized_sum_at(int dtype, const Shape& shape, const Numbers& tensors, Ad
     }
   }
   const int rows = static_cast<int>(chosen.size());
-  for (int k = 0; k < inputs; ++k) {
-    if (n.apart[k] == 0) n.apart[k] = rows * shape[1];
+  for (int row = 0; row < rows; ++row) {
+    n.sums[summed[row]] = sums + row * shape[1], n.apart[summed[row]] = rows * shape[1];
   }
   if (rows > 0) run(ChannelSums{chosen.data(), rows, nullptr, sums, sums + 3 * plane}, place);
   n.weights = pointer(weights);

@@ -173,6 +173,15 @@ def test_normalized_sum_takes_the_sums(backend: str, training: bool) -> None:
         assert_equal(a.cpu(), b.cpu(), torch.float64)
 
 
+def test_sums_of_any_row_stride_are_read(backend: str) -> None:
+    """Rows that coincide say: all sums are 1, so is the pivot."""
+    z = torch.randn(1, 3, 1, 2, dtype=torch.float64, device=device_of(backend))
+    rows = torch.ones(1, 3, dtype=torch.float64, device=z.device).expand(3, 3)
+    weights = torch.ones(1, dtype=torch.float64, device=z.device)
+    got = normalized_sum([z], weights, sums=[rows], eps=0.0)
+    assert_equal(got.cpu(), (z.cpu() - 1.5) / 0.5, torch.float64)  # var = 1 / 2 - (1 / 2)^2
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_same_bits_again_and_on_two_threads(layout: str, stride: int) -> None:

@@ -2,130 +2,20 @@
 //   pool          out[0] = max over the window, out[1] = mean over the window inside the image
 //   pool_tangent  out[0] = x at the maximum's place, out[1] = mean of x
 //   pool_adjoint  dx = the adjoint of both
-// The work goes by strips, some channels of a sample, row by row. A row is copied into packed memory
-// where a pixel's neighbours lie `depth` elements apart and a zero pixel stands before, between and
-// behind the images: the inner loops run over whole rows and know no borders. At stride 2 even and
-// odd pixels lie apart. Maxima and means go by columns, then by rows.
+// The work goes by strips, row by row (strips.h); at stride 2 even and odd pixels lie in rows of
+// their own. Maxima and means go by columns, then by rows.
 #include <algorithm>
 #include <limits>
-#include <memory>
-#include <type_traits>
 
 #include "launchers.h"
 #include "parallel.h"
-#include "pool.h"
+#include "strips.h"
 #include "tiles.h"
 
 namespace rdarts {
 namespace {
 
-constexpr int64_t kRow = 512;         // elements of a packed row: a strip's rows stay in the L1 cache
-constexpr int64_t kLeastDeep = 16;    // channels of a strip, where they lie innermost
 constexpr int64_t kRowsFlushed = 64;  // rows that are summed in the array's type
-constexpr int64_t kPiece = 1 << 15;   // elements that a thread takes at once, about: a strip is set up
-                                      // once a piece
-
-// Numbers beside a T in the same vector.
-template <typename T>
-using Lane = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-
-struct Images {
-  int64_t samples, channels, height, width, rows, columns;  // the latter of a pool's result
-  int stride;
-  bool inner;  // channels innermost
-  int64_t deep;  // channels a strip
-};
-
-// Samples of a piece of work.
-int64_t grain_of(const Images& m) {
-  return std::max<int64_t>(1, kPiece / (m.channels * m.height * m.width));
-}
-
-Images images_of(const Array& x, const Array* others, int stride) {
-  Images m;
-  m.samples = x.shape[0], m.channels = x.shape[1], m.height = x.shape[2], m.width = x.shape[3];
-  m.stride = stride, m.rows = pooled(m.height, stride), m.columns = pooled(m.width, stride);
-  int present = 1, inner = channels_inner(x);
-  for (int i = 0; i < kPools; ++i) {
-    if (others[i].data) ++present, inner += channels_inner(others[i]);
-  }
-  m.inner = 2 * inner > present;
-  const int64_t most = std::max(m.inner ? kLeastDeep : 1, kRow / m.columns);
-  const int64_t strips = (m.channels + most - 1) / most;
-  m.deep = (m.channels + strips - 1) / strips;
-  return m;
-}
-
-// Channels [first, first + count) of a sample as packed rows: `groups` of a row's pixels and a zero
-// pixel; a pixel is `depth` channels.
-struct Strip {
-  int64_t first, count, depth, groups, pitch;
-
-  Strip(const Images& m, int64_t from)
-      : first(from), count(std::min(m.deep, m.channels - from)), depth(m.inner ? count : 1),
-        groups(m.inner ? 1 : count), pitch((m.columns + 1) * depth) {}
-  int64_t size() const { return groups * pitch - depth; }  // up to the last zero pixel
-
-  // body(channel of the strip, pixel, index in a row) for each element.
-  template <typename Body>
-  void each(int64_t pixels, const Body& body) const {
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t p = 0; p < pixels; ++p) {
-        for (int64_t c = 0; c < depth; ++c) body(g + c, p, g * pitch + p * depth + c);
-      }
-    }
-  }
-};
-
-// Packed rows, each with a zero pixel before it.
-template <typename T>
-class Rows {
- public:
-  Rows(const Images& m, int count)
-      : lead_(m.inner ? m.deep : 1), length_(m.deep * (m.columns + 1) + lead_), count_(count),
-        memory_(new T[count * length_]) {}
-  void clear() { std::fill_n(memory_.get(), count_ * length_, T(0)); }
-  T* operator[](int64_t row) const { return &memory_[row * length_ + lead_]; }
-
- private:
-  int64_t lead_, length_, count_;
-  std::unique_ptr<T[]> memory_;
-};
-
-template <bool to_tensor, typename T, typename P>
-inline void copy_line(T* line, int64_t step, int64_t size, P* packed) {
-  const auto copy = [&](int64_t by) {
-    for (int64_t i = 0; i < size; ++i) {
-      if constexpr (to_tensor) line[by * i] = static_cast<T>(packed[i]);
-      else packed[i] = static_cast<P>(line[by * i]);
-    }
-  };
-  if (step == 1) copy(1);
-  else if (step == 2) copy(2);
-  else copy(step);
-}
-
-// Copies pixels from, from + every, ... of a row between a tensor of T and a packed row.
-template <bool to_tensor, typename T, typename P>
-void copy_row(const Array& a, int64_t sample, int64_t row, const Strip& s, bool inner, int64_t from,
-              int64_t every, P* packed) {
-  const int64_t channel = a.strides[1], pixel = a.strides[3] * every;
-  const int64_t pixels = (a.shape[3] - from + every - 1) / every;
-  T* const line = static_cast<T*>(a.data) + sample * a.strides[0] + s.first * channel +
-                  row * a.strides[2] + from * a.strides[3];
-  if (!inner) {
-    for (int64_t c = 0; c < s.count; ++c) {
-      copy_line<to_tensor>(line + c * channel, pixel, pixels, packed + c * s.pitch);
-    }
-  } else if (channel == 1 && pixel == s.count) {
-    copy_line<to_tensor>(line, 1, pixels * s.count, packed);
-  } else {
-    for (int64_t p = 0; p < pixels; ++p) {
-      copy_line<to_tensor>(line + p * pixel, channel, s.count, packed + p * s.depth);
-    }
-  }
-}
-
 // What is the same in every row of a strip.
 template <typename T>
 struct Columns {
@@ -213,6 +103,14 @@ struct Sums {
   Rows<T> rows;  // pivots, sums, squares
 
   explicit Sums(const Images& m) : rows(m, 3) {}
+  void add(const T* __restrict out, int64_t size) {
+    const T* __restrict pivot = rows[0];
+    T *__restrict sum = rows[1], *__restrict square = rows[2];
+    for (int64_t i = 0; i < size; ++i) {
+      const T centred = out[i] - pivot[i];
+      sum[i] += centred, square[i] += centred * centred;
+    }
+  }
   void fold(const Strip& s, int64_t columns, double* sums, double* squares) {
     s.each(columns, [&](int64_t c, int64_t, int64_t i) {
       sums[c] += rows[1][i], squares[c] += rows[2][i];
@@ -237,13 +135,11 @@ struct Three {
 
 template <typename T>
 void rows_max(const Ring<T>& ring, const Three& three, int64_t size, T* __restrict out,
-              Lane<T>* __restrict place, const Sums<T>& sums) {
+              Lane<T>* __restrict place) {
   const T *a = ring.most(three.row[0]), *b = ring.most(three.row[1]), *c = ring.most(three.row[2]);
   const Lane<T> *at_a = ring.place(three.row[0]), *at_b = ring.place(three.row[1]);
   const Lane<T>* at_c = ring.place(three.row[2]);
   const Lane<T> from_a = three.offset[0], from_b = three.offset[1], from_c = three.offset[2];
-  const T* __restrict pivot = sums.rows[0];
-  T *__restrict sum = sums.rows[1], *__restrict square = sums.rows[2];
   for (int64_t i = 0; i < size; ++i) {
     T best = a[i];
     Lane<T> at = at_a[i] + from_a;
@@ -252,8 +148,6 @@ void rows_max(const Ring<T>& ring, const Three& three, int64_t size, T* __restri
     const bool by_c = takes(c[i], best);
     best = by_c ? c[i] : best, at = by_c ? at_c[i] + from_c : at;
     out[i] = best, place[i] = at;
-    const T centred = best - pivot[i];
-    sum[i] += centred, square[i] += centred * centred;
   }
 }
 
@@ -269,20 +163,11 @@ void rows_mean(const Ring<T>& ring, const Images& m, int64_t row, const T* __res
 }
 
 template <typename T>
-void add_sums(const T* __restrict out, int64_t size, const Sums<T>& sums) {
-  const T* __restrict pivot = sums.rows[0];
-  T *__restrict sum = sums.rows[1], *__restrict square = sums.rows[2];
-  for (int64_t i = 0; i < size; ++i) {
-    const T centred = out[i] - pivot[i];
-    sum[i] += centred, square[i] += centred * centred;
-  }
-}
-
-template <typename T>
 class SamplePools {
  public:
   SamplePools(const Pool& a, const Images& m)
-      : a_(a), m_(m), ring_(m), columns_(m), out_(m, 1), place_(m, 1), sums_{Sums<T>(m), Sums<T>(m)} {}
+      : a_(a), m_(m), ring_(m), columns_(m), out_(m, 1), place_(m, 1),
+        sums_{Sums<T>(m), Sums<T>(m)} {}
 
   void run(int64_t from, int64_t to) {
     const int64_t size = 2 * kinds_of(a_.out) * m_.channels;
@@ -307,7 +192,8 @@ class SamplePools {
     }
   }
 
-  void run_strip(int64_t n, const Strip& s, double* sums /* [2, kinds, C], from its channels on */) {
+  // sums: [2, kinds, C], from the strip's channels on.
+  void run_strip(int64_t n, const Strip& s, double* sums) {
     int64_t next = 0;
     for (int64_t row = 0; row < m_.rows; ++row) {
       for (; next < std::min(m_.stride * row + 2, m_.height); ++next) read(n, next, s);
@@ -331,14 +217,15 @@ class SamplePools {
   }
 
   void write_max(int64_t n, int64_t row, const Strip& s) {
-    rows_max(ring_, Three(m_, row), s.size(), out_[0], place_[0], sums_[0]);
+    rows_max(ring_, Three(m_, row), s.size(), out_[0], place_[0]);
+    sums_[0].add(out_[0], s.size());
     copy_row<true, T>(a_.out[0], n, row, s, m_.inner, 0, 1, out_[0]);
     copy_row<true, uint8_t>(a_.place, n, row, s, m_.inner, 0, 1, place_[0]);
   }
 
   void write_mean(int64_t n, int64_t row, const Strip& s) {
     rows_mean(ring_, m_, row, columns_.inverse(), s.size(), out_[0]);
-    add_sums(out_[0], s.size(), sums_[1]);
+    sums_[1].add(out_[0], s.size());
     copy_row<true, T>(a_.out[1], n, row, s, m_.inner, 0, 1, out_[0]);
   }
 

@@ -356,7 +356,9 @@ PoolViews<T> views_of(const Pool& a, const Walk& walk) {
   return views;
 }
 
-Layout layout_of(const Pool& a) { return layout_over(a.out[1], {a.x, a.out[0], a.out[1], a.place}); }
+Layout layout_of(const Pool& a) {
+  return layout_over(a.out[1], {a.x, a.out[0], a.out[1], a.place});
+}
 
 }  // namespace
 

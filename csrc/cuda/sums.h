@@ -1,5 +1,5 @@
-// How the CUDA kernels sum per channel. A thread adds up to kRun numbers in the coefficients' type, a
-// block its threads' sums in float64; a second launch adds the blocks' sums in a fixed order. How
+// How the CUDA kernels sum per channel. A thread adds up to kRun numbers in the coefficients' type,
+// a block its threads' sums in float64; a second launch adds the blocks' sums in a fixed order. How
 // the work is split depends on the shapes and strides alone.
 #pragma once
 
