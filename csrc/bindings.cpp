@@ -10,8 +10,6 @@
 #include <vector>
 
 #include "bindings.h"
-#include "dispatch.h"
-#include "launchers.h"
 
 namespace py = pybind11;
 
@@ -131,6 +129,7 @@ PYBIND11_MODULE(_rdarts_fast, module) {
   define("philox_normal", &philox_normal_at, "Fill float32 [count], standard normal.");
   define_kernels(module);
   define_memory(module);
+  define_pools(module);
   define_stages(module);
 }
 

@@ -1,5 +1,5 @@
-// What the files that define the module's functions share. Tensors come as one flat list of numbers,
-// coefficients and sums as addresses (rdarts_fast/kernels/array.py, which checks them).
+// What the files that define the module's functions share. Tensors come as one flat list of
+// numbers, coefficients and sums as addresses (rdarts_fast/kernels/array.py, which checks them).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,6 +16,7 @@ namespace rdarts {
 
 void define_kernels(pybind11::module_& module);
 void define_memory(pybind11::module_& module);
+void define_pools(pybind11::module_& module);
 void define_stages(pybind11::module_& module);
 
 using Shape = std::array<int64_t, 4>;

@@ -1,5 +1,4 @@
-// The module's functions of the node sum: tensors come as one flat list of numbers, coefficients
-// and sums as addresses (rdarts_fast/kernels/array.py, which checks them).
+// The module's functions of the node sum.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -12,8 +11,6 @@
 #include <vector>
 
 #include "bindings.h"
-#include "dispatch.h"
-#include "launchers.h"
 
 namespace py = pybind11;
 
@@ -163,8 +160,8 @@ void add_to(const Array& out, const Array* z, int inputs, void* scale, void* shi
 
 void normalized_sum_at(int dtype, const Shape& shape, const Numbers& tensors, Address weights,
                        const std::vector<bool>& normalised, const std::vector<Address>& running,
-                       Address factors, const Seeds& noise, const Rule& rule, Address statistics,
-                       Address space, const Place& place) {
+                       const Numbers& known, Address factors, const Seeds& noise,
+                       const Rule& rule, Address statistics, Address space, const Place& place) {
   const std::vector<Array> a = arrays_of(dtype, shape, tensors);
   check_cpu_dtype(a[0].dtype, place);
   const int all = static_cast<int>(a.size() - 1), together = group_of(a[0], all, 1, place);
@@ -173,23 +170,32 @@ void normalized_sum_at(int dtype, const Shape& shape, const Numbers& tensors, Ad
   double* const shift = scale + together * channels;
   double* const sums = shift + together * channels;
   Normalization n = {};
-  n.dtype = a[0].dtype, n.channels = channels, n.sums = sums, n.scale = scale, n.shift = shift;
+  n.dtype = a[0].dtype, n.channels = channels, n.scale = scale, n.shift = shift;
   n.count = static_cast<double>(shape[0] * shape[2] * shape[3]);
   std::tie(n.eps, n.momentum, n.training) = rule;
   for (int first = 0; first < all; first += n.inputs) {
-    n.inputs = std::min(together, all - first);
-    std::vector<Array> chosen;
+    n.inputs = std::min(together, all - first), n.normalised = 0;
+    std::vector<Array> chosen;  // whose sums are still to be had
+    std::vector<int> summed;
     for (int k = 0; k < n.inputs; ++k) {
-      n.row[k] = normalised[first + k] ? static_cast<int>(chosen.size()) : -1;
-      if (normalised[first + k]) chosen.push_back(a[1 + first + k]);
+      const int input = first + k;
+      if (normalised[input]) n.normalised |= uint64_t{1} << k;
+      // An address, and what lies between its rows.
+      n.sums[k] = known.empty() ? nullptr : pointer<const double>(known[2 * input]);
+      n.apart[k] = known.empty() ? 0 : known[2 * input + 1];
+      if (n.training && normalised[input] && !n.sums[k]) {
+        chosen.push_back(a[1 + input]), summed.push_back(k);
+      }
       if (running.empty()) continue;
-      n.running_mean[k] = pointer(running[2 * (first + k)]);
-      n.running_var[k] = pointer(running[2 * (first + k) + 1]);
+      n.running_mean[k] = pointer(running[2 * input]);
+      n.running_var[k] = pointer(running[2 * input + 1]);
     }
-    n.rows = static_cast<int>(chosen.size());
-    if (n.training && n.rows > 0) {
-      run(ChannelSums{chosen.data(), n.rows, nullptr, sums, sums + 3 * n.rows * channels}, place);
+    const int rows = static_cast<int>(chosen.size());
+    for (int row = 0; row < rows; ++row) {
+      n.sums[summed[row]] = sums + row * channels, n.apart[summed[row]] = rows * channels;
     }
+    double* const rest = sums + 3 * rows * channels;
+    if (rows > 0) run(ChannelSums{chosen.data(), rows, nullptr, sums, rest}, place);
     n.weights = moved(pointer(weights), n.dtype, first);
     n.mean = pointer<double>(statistics) + first * channels;
     n.rstd = n.mean + all * channels;

@@ -13,6 +13,7 @@ from rdarts_fast.networks.operations import OPERATIONS
 from rdarts_fast.search import run_search
 from rdarts_fast.spaces import SPACES, space_from_dict
 from tests.conftest import device_of
+from tests.host_cuda import counts, on_host
 from tests.small import settings
 
 ALL = [name for name in OPERATIONS]
@@ -115,6 +116,13 @@ def test_float32_is_as_exact_as_the_reference_over_seeds(space: str) -> None:
         for errors in zip(*(full_size(space, seed) for seed in range(6)), strict=True)
     )
     assert (fused > 0).all() and (fused <= 1.5 * reference).all(), (reference, fused)
+def test_both_pools_of_a_state_are_one_launch() -> None:
+    """A reduction cell: two inputs at stride 2 and all nodes but the last at stride 1."""
+    net = two("darts", channels=2, layers=1)[1]
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with on_host():
+        net(images, softmax_weights(net.initial_alphas(1)), Draws(5))
+        assert counts()["pool"].launches == 2 + 3
 
 
 def test_same_names_and_order() -> None:

@@ -14,14 +14,6 @@
 namespace rdarts {
 namespace {
 
-// sums = the samples' partial sums [samples, size], added in their order.
-void combine(const double* partial, int64_t samples, int64_t size, double* sums) {
-  std::fill_n(sums, size, 0.0);
-  for (int64_t n = 0; n < samples; ++n) {
-    for (int64_t i = 0; i < size; ++i) sums[i] += partial[n * size + i];
-  }
-}
-
 // body(first, length) over a tile's repetitions of the pattern of sums; the length of all but the
 // last is a constant where a channel's plane is summed.
 template <bool inner, typename Body>

@@ -155,6 +155,14 @@ inline void flush(const Runs& r, int64_t run, T* pattern, double* sums /* [C] */
   std::fill_n(pattern, r.period, T(0));
 }
 
+// sums = the samples' partial sums [samples, size], added in their order.
+inline void combine(const double* partial, int64_t samples, int64_t size, double* sums) {
+  std::fill_n(sums, size, 0.0);
+  for (int64_t n = 0; n < samples; ++n) {
+    for (int64_t i = 0; i < size; ++i) sums[i] += partial[n * size + i];
+  }
+}
+
 // The coefficient of element i of a repetition: a pattern of channels has one each, a channel's
 // plane has one for all.
 template <bool inner, typename T>

@@ -43,7 +43,9 @@ struct alignas(lanes * sizeof(T) < 16 ? lanes * sizeof(T) : 16) Vector {
 template <int bytes>
 using Chunk = std::conditional_t<
     bytes >= 16, unsigned __int128,
-    std::conditional_t<bytes == 8, uint64_t, std::conditional_t<bytes == 4, uint32_t, uint16_t>>>;
+    std::conditional_t<bytes == 8, uint64_t,
+                       std::conditional_t<bytes == 4, uint32_t,
+                                          std::conditional_t<bytes == 2, uint16_t, uint8_t>>>>;
 
 template <typename Chunk, typename T>
 __device__ __forceinline__ Chunk chunk_of(const T* lanes) {
@@ -131,9 +133,9 @@ __device__ __forceinline__ bool reaches(const Spot& spot, int row, const Walk& w
 }
 
 // Zeros outside of the tensor.
-template <typename Tile, typename T>
+template <typename Tile, typename T, typename Value>
 __device__ __forceinline__ void load(const View<const T>& view, const Spot& spot, const Walk& walk,
-                                     typename Tile::Sum (&values)[Tile::kRows][Tile::kLanes]) {
+                                     Value (&values)[Tile::kRows][Tile::kLanes]) {
   const int64_t offset = offset_of(spot, view.steps);
 #pragma unroll
   for (int row = 0; row < Tile::kRows; ++row) {
@@ -143,15 +145,14 @@ __device__ __forceinline__ void load(const View<const T>& view, const Spot& spot
     }
 #pragma unroll
     for (int i = 0; i < Tile::kLanes; ++i) {
-      values[row][i] = static_cast<typename Tile::Sum>(vector.lane[i]);
+      values[row][i] = static_cast<Value>(vector.lane[i]);
     }
   }
 }
 
-template <typename Tile, typename T>
-__device__ __forceinline__ void store(
-    const View<T>& view, const Spot& spot, const Walk& walk,
-    const typename Tile::Sum (&values)[Tile::kRows][Tile::kLanes]) {
+template <typename Tile, typename T, typename Value>
+__device__ __forceinline__ void store(const View<T>& view, const Spot& spot, const Walk& walk,
+                                      const Value (&values)[Tile::kRows][Tile::kLanes]) {
   const int64_t offset = offset_of(spot, view.steps);
 #pragma unroll
   for (int row = 0; row < Tile::kRows; ++row) {
@@ -252,10 +253,15 @@ struct Layout {
   int lanes;
 };
 
+inline int64_t size_of(DType dtype) {
+  if (dtype == DType::kUInt8) return 1;
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // Whether every vector of so many lanes is whole and aligned.
 inline bool fits(const Array& a, const Walk& walk, bool inner, int lanes) {
   const Steps steps = steps_of(a, walk);
-  const int64_t size = a.dtype == DType::kFloat64 ? 8 : a.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t size = size_of(a.dtype);
   const int64_t bytes = lanes * size < 16 ? lanes * size : 16;
   const int64_t extent = inner ? walk.channels : walk.pixels;
   const int64_t next = inner ? steps.pixel : steps.channel;

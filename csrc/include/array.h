@@ -5,7 +5,7 @@
 
 namespace rdarts {
 
-enum class DType { kFloat32, kFloat64, kBFloat16 };
+enum class DType { kFloat32, kFloat64, kBFloat16, kUInt8 };
 
 struct Array {
   void* data;  // null: absent

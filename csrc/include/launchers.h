@@ -8,6 +8,7 @@
 #include "node_sum.h"
 #include "philox.h"
 #include "place.h"
+#include "pool.h"
 #include "stage.h"
 
 namespace rdarts {
@@ -46,6 +47,13 @@ template <Unit unit>
 void sep_stage(const StageForward& arguments, int threads);
 template <Unit unit>
 void sep_stage_backward(const StageBackward& arguments, int threads);
+// pool.h says what they compute; float32 and float64.
+template <Unit unit>
+void pool(const Pool& arguments, int threads);
+template <Unit unit>
+void pool_tangent(const Pool& arguments, int threads);
+template <Unit unit>
+void pool_adjoint(const PoolAdjoint& arguments, int threads);
 
 namespace cuda {
 
@@ -61,6 +69,9 @@ void channel_sums(const ChannelSums& arguments, const Place& place);
 void node_sum_dq(const NodeSumDq& arguments, const Place& place);
 void normalize(const Normalization& arguments, const Place& place);
 void normalize_backward(const NormalizationBackward& arguments, const Place& place);
+void pool(const Pool& arguments, const Place& place);
+void pool_tangent(const Pool& arguments, const Place& place);
+void pool_adjoint(const PoolAdjoint& arguments, const Place& place);
 
 }  // namespace cuda
 }  // namespace rdarts

@@ -74,13 +74,13 @@ struct Normalization {
   double count;  // elements a channel
   double eps, momentum;
   bool training;
-  int row[kMostInputs];             // of input k in `sums`; -1: not normalised
+  uint64_t normalised;              // bit k
+  const double* sums[kMostInputs];  // [3, C] of channel_sums, in training
+  int64_t apart[kMostInputs];       // from one of the three to the next
   void* running_mean[kMostInputs];  // [C] or null
   void* running_var[kMostInputs];
   const void* weights;  // [K]
-  const double* sums;   // [3, rows, C] of channel_sums, in training
-  int rows;
-  double* mean;  // [K, C] each
+  double* mean;         // [K, C] each
   double* rstd;
   void* scale;
   void* shift;

@@ -14,15 +14,15 @@ RDARTS_BODY void normalize_channel(const Normalization& a, int k, int64_t c) {
   const int64_t i = k * a.channels + c;
   const double weight = static_cast<const T*>(a.weights)[k];
   double mean = 0, rstd = 1;
-  if (a.row[k] >= 0) {
+  if (a.normalised >> k & 1) {
     T* const running_mean = static_cast<T*>(a.running_mean[k]);
     T* const running_var = static_cast<T*>(a.running_var[k]);
     double var;
     if (a.training) {
-      const int64_t at = a.row[k] * a.channels + c, plane = a.rows * a.channels;
-      const double offset = a.sums[at] / a.count;
-      mean = a.sums[2 * plane + at] + offset;
-      var = a.sums[plane + at] / a.count - offset * offset;
+      const double* const sums = a.sums[k] + c;
+      const double offset = sums[0] / a.count;
+      mean = sums[2 * a.apart[k]] + offset;
+      var = sums[a.apart[k]] / a.count - offset * offset;
       if (var < 0) var = 0;
       if (running_mean) {
         const double old = 1 - a.momentum, unbiased = var * (a.count / (a.count - 1));

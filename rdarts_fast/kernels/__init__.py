@@ -3,13 +3,16 @@
 from rdarts_fast.kernels.channel_sums import channel_affine, channel_sums
 from rdarts_fast.kernels.node_sum import Noise, node_sum, node_sum_dq, node_sum_dz
 from rdarts_fast.kernels.normalized_sum import normalized_sum
+from rdarts_fast.kernels.pool import Pooled, pools
 
 __all__ = [
     "Noise",
+    "Pooled",
     "channel_affine",
     "channel_sums",
     "node_sum",
     "node_sum_dq",
     "node_sum_dz",
     "normalized_sum",
+    "pools",
 ]

@@ -35,6 +35,7 @@ from rdarts_fast.kernels.node_sum import (
 )
 
 Running = Sequence[tuple[Tensor, Tensor] | None]
+Sums = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class _Settings:
     normalised: tuple[bool, ...]
     running: Running | None
     key: Key | None
+    sums: Sums | None
     eps: float
     momentum: float
     training: bool
@@ -55,6 +57,7 @@ def normalized_sum(
     factors: Tensor | None = None,
     noise: Noise | None = None,
     *,
+    sums: Sums | None = None,
     eps: float = 1e-5,
     momentum: float = 0.1,
     training: bool = True,
@@ -65,9 +68,10 @@ def normalized_sum(
     z: K tensors [N, C, H, W], K from 1 to 64, any strides. weights: [K]. normalised: which z are
     batch-normalised, all where None; the others enter as they are. running: for each z its
     (mean [C], var [C]) or None; in training they are updated in place as torch does, in eval mode
-    they are what normalises. factors: [K, N], no gradient. Weights, factors and running buffers are
-    float64 for float64 images, else float32. Differentiable, twice and more, in z, weights and the
-    noise's weights. Raises TypeError and ValueError.
+    they are what normalises. factors: [K, N], no gradient. sums: for each z its sums [3, C] as
+    `pools` gives them, so that training need not read it for them, or None. Weights, factors and
+    running buffers are float64 for float64 images, else float32. Differentiable, twice and more, in
+    z, weights and the noise's weights. Raises TypeError and ValueError.
     """
     array.check_inputs(z)
     k = len(z)
@@ -78,8 +82,9 @@ def normalized_sum(
     if len(flags) != k:
         raise ValueError(f"normalised: expected K = {k} flags, got {len(flags)}")
     _check_statistics(flags, running, z[0], training)
+    _check_sums(sums, z)
     key, drawn_weights, drawn_factors = parts(noise)
-    settings = _Settings(flags, running, key, eps, momentum, training)
+    settings = _Settings(flags, running, key, sums, eps, momentum, training)
     out: Tensor = _NormalizedSum.apply(settings, weights, factors, drawn_weights, drawn_factors, *z)
     return out
 
@@ -140,6 +145,25 @@ def _check_statistics(
                 raise ValueError(f"running[{k}] {name}: expected a contiguous tensor")
 
 
+def _check_sums(sums: Sums | None, z: Sequence[Tensor]) -> None:
+    if sums is None:
+        return
+    if len(sums) != len(z):
+        raise ValueError(f"sums: expected K = {len(z)} entries, got {len(sums)}")
+    shape = (3, z[0].shape[1])
+    for k, rows in enumerate(sums):
+        if rows is None:
+            continue
+        if not isinstance(rows, Tensor) or rows.shape != shape or rows.dtype != torch.float64:
+            found = (rows.dtype, tuple(rows.shape)) if isinstance(rows, Tensor) else type(rows)
+            raise ValueError(f"sums[{k}]: expected a float64 tensor [3, C] = {shape}, got {found}")
+        if rows.device != z[0].device or rows.stride(1) != 1:
+            raise ValueError(
+                f"sums[{k}]: expected packed rows on {z[0].device}, got strides "
+                f"{rows.stride()} on {rows.device}"
+            )
+
+
 class _NormalizedSum(Function):
     @staticmethod
     def forward(
@@ -172,6 +196,7 @@ class _NormalizedSum(Function):
             array.address(weights),
             settings.normalised,
             _addresses(settings.running),
+            _rows(settings.sums),
             array.address(factors),
             native_noise(settings.key, drawn_weights, drawn_factors),
             (settings.eps, settings.momentum, settings.training),
@@ -252,3 +277,10 @@ def _addresses(running: Running | None) -> list[int]:
     for pair in running or ():
         addresses += (0, 0) if pair is None else (pair[0].data_ptr(), pair[1].data_ptr())
     return addresses
+
+
+def _rows(sums: Sums | None) -> list[int]:
+    rows: list[int] = []
+    for tensor in sums or ():
+        rows += (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+    return rows

@@ -8,15 +8,16 @@ many edges leave it. An operation that this file does not know runs as its modul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdarts_fast.draws import Draws
-from rdarts_fast.kernels import Noise, normalized_sum
+from rdarts_fast.kernels import Noise, Pooled, normalized_sum, pools
 from rdarts_fast.networks import operations
 from rdarts_fast.networks.operations import FactorizedReduce, Zero
 
@@ -24,41 +25,71 @@ Norm = nn.BatchNorm2d | None
 
 
 class State:
-    """A state of a cell, [N, C, H, W], and what its edges share."""
+    """A state of a cell, [N, C, H, W], and what its edges share.
 
-    def __init__(self, value: Tensor) -> None:
+    operations: all candidates on the edges that leave it.
+    """
+
+    def __init__(self, value: Tensor, operations: Sequence[nn.Module] = ()) -> None:
         self.value = value
-        self._shared: dict[object, Tensor] = {}
+        self._pools = {pool for pool in map(pool_of, operations) if pool is not None}
+        self._shared: dict[object, Any] = {}
 
-    def once(self, key: object, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    def once(self, key: object, compute: Callable[[Tensor], Any]) -> Any:
         """Return compute(value), computed at its first use."""
         if key not in self._shared:
             self._shared[key] = compute(self.value)
         return self._shared[key]
 
+    def pool(self, kind: str, stride: int) -> Pooled:
+        """Return that pool; all kinds of a stride are computed in one pass."""
+        kinds = sorted({k for k, s in self._pools if s == stride} | {kind})
+        found = self.once(stride, lambda x: dict(zip(kinds, pools(x, stride, kinds), strict=True)))
+        pooled: Pooled = found[kind]
+        return pooled
+
     @property
     def relu(self) -> Tensor:
         """ReLU of the state."""
-        return self.once("relu", F.relu)
+        relu: Tensor = self.once("relu", F.relu)
+        return relu
 
 
-def before_norm(operation: nn.Module, state: State) -> tuple[Tensor, Norm]:
-    """Return what `operation` gives its last batch norm, and that; its result and None without."""
+def pool_of(operation: nn.Module) -> tuple[str, int] | None:
+    """Return kind and stride where `operation` begins with a pool that has a kernel."""
+    pool = operation[0] if isinstance(operation, nn.Sequential) and operation else operation
+    if type(pool) is nn.MaxPool2d:
+        own = (pool.kernel_size, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
+        kind, plain = "max", own == (3, 1, 1, False, False)
+    elif type(pool) is nn.AvgPool2d:
+        counts = (pool.ceil_mode, pool.count_include_pad, pool.divisor_override)
+        kind = "avg"
+        plain = (pool.kernel_size, pool.padding, *counts) == (3, 1, False, False, None)
+    else:
+        return None
+    return (kind, int(pool.stride)) if plain and pool.stride in (1, 2) else None
+
+
+def before_norm(operation: nn.Module, state: State) -> tuple[Tensor, Norm, Tensor | None]:
+    """Return what `operation` gives its last batch norm, and that; its result and None without.
+    Third come the channel sums of the former, where they are known.
+    """
     if isinstance(operation, nn.Identity):
-        return state.value, None
+        return state.value, None, None
     if isinstance(operation, FactorizedReduce):
-        return operation.convolve(state.relu), operation.bn
+        return operation.convolve(state.relu), operation.bn, None
     parts = list(operation) if isinstance(operation, nn.Sequential) else [operation]
     norm: Norm = None
     if isinstance(parts[-1], nn.BatchNorm2d):
         norm = parts[-1]
         parts = parts[:-1]
-    if len(parts) == 1 and isinstance(parts[0], nn.MaxPool2d | nn.AvgPool2d):
-        return state.once((type(parts[0]), parts[0].stride), parts[0]), norm
+    pool = pool_of(operation)
+    if pool is not None and len(parts) == 1:
+        return state.pool(*pool).value, norm, state.pool(*pool).sums
     x = state.value
     for i, part in enumerate(parts):
         x = state.relu if i == 0 and isinstance(part, nn.ReLU) else part(x)
-    return x, norm
+    return x, norm, None
 
 
 @dataclass
@@ -68,6 +99,7 @@ class Node:
     z: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     norms: list[Norm] = field(default_factory=list)
+    channel_sums: list[Tensor | None] = field(default_factory=list)
     edges: list[int] = field(default_factory=list)
     sites: list[int] = field(default_factory=list)
     noise_weights: list[Tensor] = field(default_factory=list)
@@ -82,9 +114,10 @@ class Node:
             self.noise_weights.append(weight)
             self.noise_edges.append(edge)
             return
-        z, norm = before_norm(operation, state)
+        z, norm, sums = before_norm(operation, state)
         self.z.append(z)
         self.norms.append(norm)
+        self.channel_sums.append(sums)
         self.weights.append(weight)
         self.edges.append(edge)
 
@@ -95,7 +128,7 @@ class Node:
             rows = None if factors is None else factors[self.noise_edges]
             noise = Noise(draws, self.sites, torch.stack(self.noise_weights), rows)
         if not self.z:  # nothing but zeros and noise
-            self.z, self.norms = [torch.zeros_like(like)], [None]
+            self.z, self.norms, self.channel_sums = [torch.zeros_like(like)], [None], [None]
             self.weights, self.edges = [like.new_zeros(())], [0]
         for norm in self.norms:
             if norm is not None and training and norm.num_batches_tracked is not None:
@@ -107,6 +140,7 @@ class Node:
             [_running(norm) for norm in self.norms],
             None if factors is None else factors[self.edges],
             noise,
+            sums=self.channel_sums,
             training=training,
         )
 

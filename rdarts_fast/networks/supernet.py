@@ -110,7 +110,7 @@ class SearchCell(nn.Module):
     def _fused(
         self, inputs: list[Tensor], weights: Tensor, draws: Draws, factors: Tensor | None
     ) -> Tensor:
-        states = [State(x) for x in inputs]
+        states = [State(x, self._leaving(source)) for source, x in enumerate(inputs)]
         rows = [row.unbind() for row in weights.unbind()]  # one node of the graph, not E x O
         like = inputs[0][:, :, ::2, ::2] if self.kind == "reduce" else inputs[0]
         for node in range(self.nodes):
@@ -120,8 +120,18 @@ class SearchCell(nn.Module):
                 assert isinstance(edge, MixedOp)
                 for weight, operation in zip(rows[e], edge.operations, strict=True):
                     terms.add(operation, states[source], weight, e)
-            states.append(State(terms.sum(like, draws, factors, self.training)))
+            value = terms.sum(like, draws, factors, self.training)
+            states.append(State(value, self._leaving(len(states))))
         return torch.cat([state.value for state in states[INPUTS:]], dim=1)
+
+    def _leaving(self, source: int) -> list[nn.Module]:
+        """Return all operations on the edges that leave a state."""
+        operations: list[nn.Module] = []
+        for node in range(max(0, source - INPUTS + 1), self.nodes):  # those that may read it
+            edge = self.edges[edges_into(node)[source]]
+            assert isinstance(edge, MixedOp)
+            operations += edge.operations
+        return operations
 
 
 class Supernet(nn.Module):
