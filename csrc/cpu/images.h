@@ -20,7 +20,15 @@ int blocks_of(int64_t channels) {
   return static_cast<int>((channels + kVector<T> - 1) / kVector<T>);
 }
 
-inline int64_t chunk_of(int64_t samples) { return (samples + kMostChunks - 1) / kMostChunks; }
+inline int64_t chunk_of(int64_t samples) {
+  return std::max<int64_t>(1, (samples + kMostChunks - 1) / kMostChunks);
+}
+
+// Rows of a tile of an image, which may be empty.
+inline int64_t tile_rows_of(int64_t height, int64_t width) {
+  const int64_t most = std::max<int64_t>(1, height);
+  return std::clamp<int64_t>(kTilePixels / std::max<int64_t>(1, width), 1, most);
+}
 
 // A thread's memory, which grows and is used again.
 template <typename T>

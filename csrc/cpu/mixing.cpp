@@ -27,7 +27,7 @@ Sizes sizes_of(const Mixing& m, const Array& z) {
   const Array& x = m.x[0];
   g.samples = x.shape[0], g.channels = x.shape[1], g.height = x.shape[2], g.width = x.shape[3];
   g.out_channels = z.shape[1], g.out_height = z.shape[2], g.out_width = z.shape[3];
-  g.tile_rows = std::clamp<int64_t>(kTilePixels / g.out_width, 1, g.out_height);
+  g.tile_rows = tile_rows_of(g.out_height, g.out_width);
   g.blocks = blocks_of<T>(g.channels);
   g.depth = m.sources * g.blocks * kVector<T>;
   return g;

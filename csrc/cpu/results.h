@@ -63,7 +63,8 @@ void take_pivot(const Product<T>& p, T* pivot, int64_t channels, double* pivots)
 inline void combine(const double* partial /* [N, G, 3, O] */, int64_t samples, int edges,
                     int64_t pixels, int64_t channels, double* sums /* [3, G, O] */) {
   const int64_t all = edges * channels;
-  std::fill_n(sums, 2 * all, 0.0);
+  std::fill_n(sums, 3 * all, 0.0);
+  if (pixels == 0) return;  // no pivots were taken
   for (int64_t n = 0; n < samples; ++n) {
     for (int64_t g = 0; g < edges; ++g) {
       const double* const own = partial + (n * edges + g) * 3 * channels;

@@ -39,7 +39,7 @@ Sizes sizes_of(const Stage& s, const Array& z) {
   g.out_pad = s.stride == 1 ? g.pad : 0;
   g.out_padded_width = g.out_width + 2 * g.out_pad;
   g.out_padded_pixels = g.out_padded_width * (g.out_height + 2 * g.out_pad);
-  g.tile_rows = std::clamp<int64_t>(kTilePixels / g.out_width, 1, g.out_height);
+  g.tile_rows = tile_rows_of(g.out_height, g.out_width);
   g.in = blocks_of<T>(g.channels), g.out = blocks_of<T>(g.out_channels);
   g.taps = s.kernel * s.kernel, g.stride = s.stride;
   return g;

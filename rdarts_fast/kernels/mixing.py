@@ -40,7 +40,12 @@ class Sources(NamedTuple):
         """Return (N, O, H', W')."""
         n, _, h, w = self.x[0].shape
         channels = sum(half.shape[0] for half in self.weights[0])
-        return n, channels, (h + self.stride - 1) // self.stride, (w + self.stride - 1) // self.stride
+        return (
+            n,
+            channels,
+            (h + self.stride - 1) // self.stride,
+            (w + self.stride - 1) // self.stride,
+        )
 
 
 def mixing(
@@ -73,10 +78,12 @@ def mixing_twin(sources: Sources) -> list[Tensor]:
         x = [one * a.view(-1, 1, 1) + b.view(-1, 1, 1) for one, a, b in rows]
     y = F.relu(torch.cat(x, dim=1))
     moved = F.pad(y, (0, 1, 0, 1))[:, :, 1:, 1:]  # zeros past the edge
+    y, moved = (part[:, :, :: sources.stride, :: sources.stride] for part in (y, moved))
     results = []
     for edge in sources.weights:
         halves = zip((y, moved), edge, strict=False)
-        parts = [F.conv2d(part, half, stride=sources.stride) for part, half in halves]
+        # Not conv2d, which takes no empty half.
+        parts = [torch.einsum("oc,nchw->nohw", half[:, :, 0, 0], part) for part, half in halves]
         results.append(torch.cat(parts, dim=1))
     return results
 
@@ -164,7 +171,9 @@ def _check(
     first = weights[0]
     for e, edge in enumerate(weights):
         if len(edge) != len(first):
-            raise ValueError(f"weights[{e}]: expected {len(first)} tensors as weights[0], got {len(edge)}")
+            raise ValueError(
+                f"weights[{e}]: expected {len(first)} tensors as weights[0], got {len(edge)}"
+            )
         for i, half in enumerate(edge):
             shape = (first[i].shape[0], m * c, 1, 1)
             array.check_coefficients(half, f"weights[{e}][{i}]", "[O, M C, 1, 1]", shape, x[0])

@@ -1,0 +1,447 @@
+"""The convolution stages, sep_stage and mixing, against plain torch twins in float64."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rdarts_fast.kernels import mixing, sep_stage
+from rdarts_fast.kernels.mixing import (
+    Sources,
+    launch_mixing,
+    launch_mixing_backward,
+    mixing_twin,
+)
+from rdarts_fast.kernels.sep_stage import (
+    Affine,
+    Geometry,
+    Operands,
+    launch_sep_stage,
+    launch_sep_stage_backward,
+    sep_stage_twin,
+)
+from tests.conftest import device_of
+from tests.test_kernels import LAYOUTS, Case, dtypes_of
+from tests.tolerances import assert_equal
+
+# N, C, H, W; channels of z, edges
+SIZES = [
+    ((2, 7, 5, 9), 5, 3),
+    ((1, 1, 4, 4), 1, 1),
+    ((1, 33, 3, 2), 20, 1),
+    ((3, 4, 1, 1), 6, 3),
+    ((0, 4, 4, 4), 4, 1),
+    ((1, 2, 19, 18), 4, 1),
+    ((1, 70, 2, 3), 70, 1),
+]
+GEOMETRIES = [Geometry(*g) for g in itertools.product((3, 5, 7), (1, 2), (1, 2))]
+MIXES = [(1, 1), (2, 2), (2, 1)]  # stride, halves
+
+
+class Gradients(NamedTuple):
+    """What a backward gives: of v, of the weights, and the sums of dv and of dv * y."""
+
+    dv: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    sums: Tensor
+
+
+class Backward:
+    """Gradients g of a call's results, and what makes dz of them."""
+
+    def __init__(self, z: Sequence[Tensor], layout: str, plain: bool) -> None:
+        case = Case(tuple(z[0].shape), len(z), layout, z[0].dtype, seed=1)
+        constant = case.coefficient(*case.scale.shape)
+        self.plain = plain
+        self.g = [x.to(z[0].device) for x in case.z]
+        maps = (case.scale, case.shift, constant, case.factors)
+        self.affine = Affine() if plain else Affine(*(x.to(z[0].device) for x in maps))
+
+    def dz(self, z: Sequence[Tensor]) -> list[Tensor]:
+        """Return factors * by_g * g + by_z * z + constant in float64."""
+        if self.plain:
+            return [g.cpu().double() for g in self.g]
+        by_g, by_z, constant, factors = (x.cpu().double() for x in self.affine if x is not None)
+        rows = zip(self.g, z, by_g, by_z, constant, factors, strict=True)
+        return [
+            f.view(-1, 1, 1, 1) * a.view(-1, 1, 1) * g.cpu().double()
+            + b.view(-1, 1, 1) * one.cpu().double()
+            + c.view(-1, 1, 1)
+            for g, one, a, b, c, f in rows
+        ]
+
+
+def exact(x: Any) -> Any:
+    """Return x, a tensor or nested lists of tensors, in float64 on the CPU."""
+    if isinstance(x, Tensor):
+        return x.detach().cpu().double()
+    return None if x is None else [exact(one) for one in x]
+
+
+def below_relu(x: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None) -> list[Tensor]:
+    """Return v = scale * x + shift in float64, leaves of a graph."""
+    if scale is None or shift is None:
+        return [one.requires_grad_() for one in exact(x)]
+    rows = zip(exact(x), exact(scale), exact(shift), strict=True)
+    return [(one * a.view(-1, 1, 1) + b.view(-1, 1, 1)).requires_grad_() for one, a, b in rows]
+
+
+def gradients_of(twin: Sequence[Tensor], v: Sequence[Tensor], weights, dz) -> Gradients:
+    found = torch.autograd.grad(list(twin), [*v, *weights], dz)
+    dv = found[: len(v)]
+    pairs = [(d, d * one.clamp(min=0)) for d, one in zip(dv, v, strict=True)]
+    sums = torch.stack(
+        [torch.stack([x.sum((0, 2, 3)) for x in row]) for row in zip(*pairs, strict=True)]
+    )
+    return Gradients(dv, found[len(v) :], sums.detach())
+
+
+def check_sums(z: Sequence[Tensor], sums: Tensor) -> None:
+    """Hold a forward's sums to those of the values it stored, about its pivots."""
+    for g, one in enumerate(exact(z)):
+        centred = one - sums[2, g].cpu().view(-1, 1, 1)
+        for got, terms in ((sums[0, g], centred), (sums[1, g], centred.square())):
+            size = terms.abs().sum((0, 2, 3)).max() if terms.numel() else 0.0
+            error = (got.cpu() - terms.sum((0, 2, 3))).abs().max()
+            unit = 1e-13 if z[0].dtype == torch.float64 else 1e-6
+            assert error <= unit * (1e-3 + size), (error, size)
+
+
+def check_close(got: Sequence[Tensor], expected: Sequence[Tensor], dtype, times: float) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert_equal(a.detach().cpu(), b.detach(), dtype, times)
+
+
+class Settings(NamedTuple):
+    """One case: sizes, layout, type, and whether x is scaled and dz is more than g."""
+
+    shape: tuple[int, int, int, int]
+    out_channels: int
+    edges: int
+    layout: str
+    dtype: torch.dtype
+    whole: bool
+
+
+def cases(backend: str) -> Iterator[Settings]:
+    flags = itertools.cycle([True, False, True])
+    for (shape, o, g), layout, dtype in itertools.product(SIZES, LAYOUTS, dtypes_of(backend)):
+        yield Settings(shape, o, g, layout, dtype, next(flags))
+
+
+def operands_of(s: Settings, geometry: Geometry, backend: str) -> Operands:
+    case, device, k = Case(s.shape, s.edges, s.layout, s.dtype), device_of(backend), geometry.kernel
+    c = s.shape[1]
+    depthwise = [case.coefficient(c, 1, k, k).to(device) for _ in case.z]
+    pointwise = [case.coefficient(s.out_channels, c, 1, 1).to(device) for _ in case.z]
+    maps = (case.scale.to(device), case.shift.to(device)) if s.whole else (None, None)
+    return Operands([x.to(device) for x in case.z], depthwise, pointwise, geometry, *maps)
+
+
+def backward_of(operands: Operands, z, backward: Backward, dv, adds, **wants):
+    return launch_sep_stage_backward(operands, backward.g, z, backward.affine, dv, adds, **wants)
+
+
+def check_stage(s: Settings, geometry: Geometry, backend: str) -> None:
+    """Hold a stage's values, sums and gradients to those of its twin."""
+    operands = operands_of(s, geometry, backend)
+    v = below_relu(operands.x, operands.scale, operands.shift)
+    weights = [x.requires_grad_() for x in exact([*operands.depthwise, *operands.pointwise])]
+    twin = sep_stage_twin(Operands(v, weights[: s.edges], weights[s.edges :], geometry))
+    z, sums = launch_sep_stage(operands)
+    check_close(z, twin, s.dtype, times=1)
+    check_sums(z, sums)
+    backward = Backward(z, s.layout, plain=not s.whole)
+    expected = gradients_of(twin, v, weights, backward.dz(z))
+    dv = [torch.empty_like(x, memory_format=torch.channels_last) for x in operands.x]
+    own_sums, dweights = backward_of(
+        operands, z, backward, dv, [False] * s.edges, wants_sums=True, wants_weights=True
+    )
+    own = operands.pointwise[0].dtype
+    check_close(dv, expected.dv, s.dtype, times=2)
+    check_close([own_sums], [expected.sums], own, times=5)  # sums of many terms
+    check_close(dweights, expected.weights, own, times=5)
+
+
+def test_stage_of_every_size_layout_and_type(backend: str) -> None:
+    for s, geometry in zip(cases(backend), itertools.cycle(GEOMETRIES)):
+        check_stage(s, geometry, backend)
+
+
+def test_stage_of_every_geometry(backend: str) -> None:
+    for geometry in GEOMETRIES:
+        s = Settings((1, 3, 6, 5), 2, 1, "nhwc", torch.float64, whole=True)
+        check_stage(s, geometry, backend)
+
+
+def test_stages_that_share_a_source_add_to_one_gradient(backend: str) -> None:
+    for stride, dtype, edges in itertools.product((1, 2), dtypes_of(backend), (3, 27)):
+        s = Settings((2, 3, 4, 3), 2, edges, "nhwc", dtype, whole=True)
+        operands = operands_of(s, Geometry(3, 1, stride), backend)
+        operands = operands._replace(x=[operands.x[0]] * s.edges)
+        z, _ = launch_sep_stage(operands)
+        backward = Backward(z, s.layout, plain=False)
+        apart = [torch.empty_like(x) for x in operands.x]
+        results = backward_of(
+            operands, z, backward, apart, [False] * edges, wants_sums=True, wants_weights=False
+        )
+        for first in (False, True):
+            dv = torch.full_like(operands.x[0], 3.0)
+            adds = [first, *[True] * (edges - 1)]
+            sums, dweights = backward_of(
+                operands, z, backward, [dv] * edges, adds, wants_sums=True, wants_weights=False
+            )
+            assert dweights == [] and torch.equal(sums, results[0])
+            expected = torch.stack(exact(apart)).sum(0) + (3 if first else 0)
+            assert_equal(dv.cpu(), expected, dtype, times=2)
+
+
+def test_stage_computes_no_more_than_is_wanted(backend: str) -> None:
+    s = Settings((2, 3, 4, 5), 4, 3, "nhwc", torch.float32, whole=True)
+    operands = operands_of(s, Geometry(3, 1, 1), backend)
+    z, _ = launch_sep_stage(operands)
+    backward = Backward(z, s.layout, plain=False)
+    everything = [torch.empty_like(x) for x in operands.x]
+    _, weights = backward_of(
+        operands, z, backward, everything, [False] * 3, wants_sums=True, wants_weights=True
+    )
+    dv = [torch.empty_like(operands.x[0]), None, torch.empty_like(operands.x[2])]
+    sums, none = backward_of(
+        operands, z, backward, dv, [False] * 3, wants_sums=False, wants_weights=False
+    )
+    assert sums is None and none == []
+    assert torch.equal(dv[0], everything[0]) and torch.equal(dv[2], everything[2])
+    _, alone = backward_of(
+        operands, z, backward, [None] * 3, [False] * 3, wants_sums=False, wants_weights=True
+    )
+    assert all(torch.equal(a, b) for a, b in zip(alone, weights, strict=True))
+
+
+def test_not_a_number_passes_the_relu(backend: str) -> None:
+    device = device_of(backend)
+    x = torch.randn(1, 2, 4, 4, device=device)
+    x[0, 1, 1, 2] = torch.nan
+    results = []
+    for call, to in ((sep_stage, torch.float32), (None, torch.float64)):
+        one = x.to(to).requires_grad_()
+        d, p = torch.ones(2, 1, 3, 3).to(one), torch.ones(3, 2, 1, 1).to(one)
+        operands = Operands([one], [d], [p], Geometry(3, 1, 1))
+        z = call([one], [d], [p])[0] if call else sep_stage_twin(operands)[0]
+        results.append((z, *torch.autograd.grad(z.nansum(), one)))
+        edge = mixing([one], [[p]])[0] if call else mixing_twin(Sources([one], [[p]], 1))[0]
+        results[-1] += (edge, *torch.autograd.grad(edge.nansum(), one))
+    for got, expected in zip(*results, strict=True):
+        assert got.isnan().any() == expected.isnan().any()
+        torch.testing.assert_close(got.double(), expected, equal_nan=True)
+
+
+def sources_of(s: Settings, stride: int, halves: int, backend: str, m: int) -> Sources:
+    case, device = Case(s.shape, m, s.layout, s.dtype), device_of(backend)
+    o, inputs = s.out_channels, m * s.shape[1]
+    sizes = [o - o // 2, o // 2] if halves == 2 else [o]
+    weights = [
+        [case.coefficient(size, inputs, 1, 1).to(device) for size in sizes] for _ in range(s.edges)
+    ]
+    maps = (case.scale.to(device), case.shift.to(device)) if s.whole else (None, None)
+    return Sources([x.to(device) for x in case.z], weights, stride, *maps)
+
+
+def check_mixing(s: Settings, stride: int, halves: int, backend: str, m: int) -> None:
+    """Hold a mixing's values, sums and gradients to those of its twin."""
+    sources = sources_of(s, stride, halves, backend, m)
+    v = below_relu(sources.x, sources.scale, sources.shift)
+    weights = [[x.requires_grad_() for x in edge] for edge in exact(sources.weights)]
+    twin = mixing_twin(Sources(v, weights, stride))
+    z, sums = launch_mixing(sources)
+    check_close(z, twin, s.dtype, times=1)
+    check_sums(z, sums)
+    backward = Backward(z, s.layout, plain=not s.whole)
+    expected = gradients_of(twin, v, [x for edge in weights for x in edge], backward.dz(z))
+    for adds, wants_weights in ((False, True), (True, False)):
+        dv = [
+            torch.full_like(x, 3.0, memory_format=torch.channels_last)
+            if adds
+            else torch.empty_like(x, memory_format=torch.channels_last)
+            for x in sources.x
+        ]
+        dweights = launch_mixing_backward(
+            sources, backward.g, z, backward.affine, dv, [adds] * m, wants_weights=wants_weights
+        )
+        check_close(dv, [d + 3 * adds for d in expected.dv], s.dtype, times=2)
+        wanted = expected.weights if wants_weights else []
+        check_close(dweights, wanted, sources.weights[0][0].dtype, times=5)
+
+
+def test_mixing_of_every_size_layout_and_type(backend: str) -> None:
+    for s, mix, m in zip(cases(backend), itertools.cycle(MIXES), itertools.cycle((1, 4, 2, 1, 3))):
+        check_mixing(s, *mix, backend, m)
+
+
+def test_mixing_computes_no_more_than_is_wanted(backend: str) -> None:
+    s = Settings((2, 3, 4, 5), 4, 2, "nhwc", torch.float32, whole=True)
+    sources = sources_of(s, 2, 2, backend, 2)
+    z, _ = launch_mixing(sources)
+    backward = Backward(z, s.layout, plain=False)
+
+    def run(dv: Sequence[Tensor | None], wants_weights: bool) -> list[Tensor]:
+        return launch_mixing_backward(
+            sources, backward.g, z, backward.affine, dv, [False] * 2, wants_weights=wants_weights
+        )
+
+    everything = [torch.empty_like(x) for x in sources.x]
+    weights = run(everything, True)
+    second = torch.empty_like(sources.x[1])
+    assert run([None, second], False) == [] and torch.equal(second, everything[1])
+    assert all(map(torch.equal, run([None, None], True), weights))
+
+
+def test_many_edges_and_many_sources(backend: str) -> None:
+    """More than one launch's parameters hold."""
+    s = Settings((1, 2, 2, 3), 2, 64, "nhwc", torch.float32, whole=True)
+    check_stage(s, Geometry(3, 1, 1), backend)
+    check_mixing(s, 1, 1, backend, 1)
+    check_mixing(s._replace(edges=1), 2, 2, backend, 64)
+
+
+def test_first_and_second_derivatives(backend: str) -> None:
+    for stride, scaled in ((1, True), (2, False)):
+        s = Settings((2, 2, 3, 4), 2, 2, "nhwc", torch.float64, whole=scaled)
+        o = operands_of(s, Geometry(3, 2, stride), backend)
+        sources = sources_of(s, stride, stride, backend, 2)
+        weights = [half for edge in sources.weights for half in edge]
+
+        def stage(*t: Tensor, stride: int = stride) -> tuple[Tensor, ...]:
+            maps = {"scale": t[6], "shift": t[7]} if len(t) > 6 else {}
+            return tuple(sep_stage(t[:2], t[2:4], t[4:6], stride=stride, dilation=2, **maps))
+
+        def mix(*t: Tensor, halves: int = stride, count: int = len(weights)) -> tuple[Tensor, ...]:
+            maps = {"scale": t[count + 2], "shift": t[count + 3]} if len(t) > count + 2 else {}
+            edges = [t[i : i + halves] for i in range(2, count + 2, halves)]
+            return tuple(mixing(t[:2], edges, stride=halves, **maps))
+
+        rest = [x for x in (o.scale, o.shift) if x is not None]
+        for function, tensors in (
+            (stage, [*o.x, *o.depthwise, *o.pointwise, *rest]),
+            (mix, [*sources.x, *weights, *rest]),
+        ):
+            inputs = [x.detach().clone().requires_grad_() for x in tensors]
+            assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+            assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+def test_the_same_bits_again_and_on_two_threads() -> None:
+    s = Settings((19, 16, 8, 8), 16, 2, "nhwc", torch.float32, whole=True)
+    before, results = torch.get_num_threads(), []
+    o, sources = operands_of(s, Geometry(3, 1, 2), "cpu"), sources_of(s, 2, 2, "cpu", 2)
+    weights = [half for edge in sources.weights for half in edge]
+    inputs = [x.requires_grad_() for x in (*o.x, *o.depthwise, *o.pointwise, *sources.x, *weights)]
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            z = sep_stage(o.x, o.depthwise, o.pointwise, stride=2, scale=o.scale, shift=o.shift)
+            z += mixing(sources.x, sources.weights, stride=2)
+            found = torch.autograd.grad([one.square().sum() for one in z], inputs)
+            results.append([*z, launch_sep_stage(o)[1], launch_mixing(sources)[1], *found])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_zero_strides_are_read_and_meta_tensors_give_shapes(backend: str) -> None:
+    device = device_of(backend)
+    x = torch.randn(1, 3, 1, 1, device=device).expand(2, 3, 4, 5)
+    d, p = torch.ones(3, 1, 3, 3, device=device), torch.ones(2, 3, 1, 1, device=device)
+    for got, expected in (
+        (sep_stage([x], [d], [p]), sep_stage([x.contiguous()], [d], [p])),
+        (mixing([x], [[p]]), mixing([x.contiguous()], [[p]])),
+    ):
+        assert torch.equal(got[0], expected[0])
+    meta = [t.to("meta").requires_grad_() for t in (x, d, p)]
+    for (z,) in (
+        sep_stage(meta[:1], meta[1:2], meta[2:], stride=2),
+        mixing(meta[:1], [[meta[2], meta[2]]], stride=2),
+    ):
+        assert z.device.type == "meta" and z.shape[2:] == (2, 3)
+        found = torch.autograd.grad(z.sum(), [meta[0], meta[2]])
+        assert [t.shape for t in found] == [x.shape, p.shape]
+
+
+X = torch.zeros(2, 3, 4, 4)
+D, P = torch.zeros(3, 1, 3, 3), torch.zeros(5, 3, 1, 1)
+S = torch.zeros(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: sep_stage([], [], []), ValueError, "x: expected 1 to 64 tensors, got 0"),
+        (lambda: sep_stage([X] * 65, [D] * 65, [P] * 65), ValueError, "x: expected 1 to 64"),
+        (lambda: sep_stage(X, [D], [P]), TypeError, "x: expected a list of tensors"),
+        (lambda: sep_stage([X], D, [P]), ValueError, "depthwise: expected G = 1 tensors"),
+        (lambda: sep_stage([X], [D], [P, P]), ValueError, "pointwise: expected G = 1 tensors"),
+        (lambda: sep_stage([X], [D[:2]], [P]), ValueError, r"depthwise\[0\]: expected shape"),
+        (lambda: sep_stage([X], [D[..., :2, :2]], [P]), ValueError, r"K of 3, 5, 7"),
+        (lambda: sep_stage([X], [D.double()], [P]), TypeError, r"depthwise\[0\]: expected dtype"),
+        (lambda: sep_stage([X], [D], [P[:0]]), ValueError, r"pointwise\[0\]: expected shape"),
+        (lambda: sep_stage([X], [D], [P[:, :2]]), ValueError, r"pointwise\[0\]: expected shape"),
+        (lambda: sep_stage([X], [D], [P], stride=3), ValueError, "stride: expected 1 or 2, got 3"),
+        (lambda: sep_stage([X], [D], [P], dilation=0), ValueError, "dilation: expected 1 or 2"),
+        (lambda: sep_stage([X], [D], [P], scale=S), ValueError, "scale, shift: expected both"),
+        (lambda: sep_stage([X], [D], [P], scale=S[:, :2], shift=S), ValueError, "scale: expected"),
+        (lambda: sep_stage([X.bfloat16()], [D], [P]), ValueError, "bfloat16"),
+        (lambda: mixing([], [[P]]), ValueError, "x: expected 1 to 64 tensors, got 0"),
+        (lambda: mixing([X], []), ValueError, "weights: expected one or two tensors"),
+        (lambda: mixing([X], [P]), ValueError, "weights: expected one or two tensors"),
+        (lambda: mixing([X], [[P], [P, P]]), ValueError, r"weights\[1\]: expected 1 tensors"),
+        (lambda: mixing([X, X], [[P]]), ValueError, r"weights\[0\]\[0\]: expected shape"),
+        (lambda: mixing([X], [[P, P[:2]]]), ValueError, r"weights\[0\]: expected two halves"),
+        (lambda: mixing([X], [[P.double()]]), TypeError, r"weights\[0\]\[0\]: expected dtype"),
+        (lambda: mixing([X], [[P]], stride=0), ValueError, "stride: expected 1 or 2, got 0"),
+        (lambda: mixing([X], [[P]], shift=S), ValueError, "scale, shift: expected both"),
+        (lambda: mixing([X], [[P]], scale=S, shift=S[:0]), ValueError, "shift: expected shape"),
+        (lambda: mixing([X.bfloat16()], [[P]]), ValueError, "bfloat16"),
+    ],
+)
+def test_bad_input_names_the_argument(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_no_shape_stride_or_type_crashes_the_process(data) -> None:
+    def tensor(shape: Sequence[int]) -> Tensor:
+        dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.float64]))
+        order = data.draw(st.permutations(range(len(shape))))
+        steps = [data.draw(st.integers(1, 3)) for _ in shape]
+        sizes = [size * step for size, step in zip(shape, steps, strict=True)]
+        whole = torch.ones([sizes[i] for i in order], dtype=dtype).requires_grad_()
+        back = sorted(range(len(shape)), key=lambda i: order[i])
+        return whole.permute(back)[tuple(slice(None, None, step) for step in steps)]
+
+    integer = st.integers(0, 4)
+    n, c, h, w, o = (data.draw(integer) for _ in range(5))
+    k, stride = data.draw(st.sampled_from([3, 5, 7, 1])), data.draw(st.integers(0, 2))
+    count, halves = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 2))
+    x = [tensor((n, c, h, w)) for _ in range(count)]
+    depthwise = [tensor((c, 1, k, k)) for _ in range(count)]
+    pointwise = [tensor((o, c, 1, 1)) for _ in range(count)]
+    weights = [[tensor((o, c * count, 1, 1)) for _ in range(halves)] for _ in range(2)]
+    for call in (
+        lambda: sep_stage(x, depthwise, pointwise, stride=stride, dilation=1 + n % 2),
+        lambda: mixing(x, weights, stride=stride),
+    ):
+        try:
+            results = call()
+            found = torch.autograd.grad([z.sum() for z in results], x)
+        except (ValueError, TypeError) as error:
+            assert "expected" in str(error)
+            continue
+        for result in (*results, *found):
+            assert torch.equal(result, result.round())  # all inputs are ones
