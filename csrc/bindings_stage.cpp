@@ -40,21 +40,17 @@ struct Operands {
 };
 
 void run(const StageForward& arguments, const Place& place) {
-  on_unit(place.unit, [&](auto unit) { sep_stage<decltype(unit)::value>(arguments, place.threads); });
+  RDARTS_LAUNCH(sep_stage, arguments, place.threads);
 }
 void run(const StageBackward& arguments, const Place& place) {
-  on_unit(place.unit, [&](auto unit) {
-    sep_stage_backward<decltype(unit)::value>(arguments, place.threads);
-  });
+  RDARTS_LAUNCH(sep_stage_backward, arguments, place.threads);
 }
 
 void run(const MixingForward& arguments, const Place& place) {
-  on_unit(place.unit, [&](auto unit) { mixing<decltype(unit)::value>(arguments, place.threads); });
+  RDARTS_LAUNCH(mixing, arguments, place.threads);
 }
 void run(const MixingBackward& arguments, const Place& place) {
-  on_unit(place.unit, [&](auto unit) {
-    mixing_backward<decltype(unit)::value>(arguments, place.threads);
-  });
+  RDARTS_LAUNCH(mixing_backward, arguments, place.threads);
 }
 
 void sep_stage_at(int dtype, const Shape& shape, const Numbers& x, const Shape& out_shape,
@@ -154,28 +150,48 @@ void mixing_backward_at(int dtype, const Shape& shape, const Numbers& x, const S
 
 int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
 
-// Doubles of buffer that both functions need.
-int64_t mixing_buffer(int64_t edges, int64_t sources, const Shape& shape, int64_t out_channels) {
-  const int64_t weights = (padded(out_channels) + 16) * sources * padded(shape[1]);
-  return edges * std::max(3 * out_channels * (shape[0] + 1), 16 * weights);
+// Doubles of buffer that the forward or the backward needs: sums and workspace.
+int64_t mixing_buffer(int64_t edges, int64_t sources, int halves, const Shape& shape,
+                      const Shape& out_shape, bool backward, const Place& place) {
+  const int64_t out_channels = out_shape[1];
+  if (place.device >= 0) {
+    const Array x = {nullptr, DType::kFloat64, {shape[0], shape[1], shape[2], shape[3]}, {}};
+    Mixing m = {};
+    m.edges = static_cast<int>(edges), m.sources = static_cast<int>(sources);
+    m.halves = halves, m.x = &x;
+    const int64_t sums = backward ? 0 : 3 * edges * out_channels;
+    if constexpr (kCuda) return sums + cuda::mixing_workspace(m, out_shape.data(), backward);
+  }
+  if (!backward) return 3 * edges * out_channels * (shape[0] + 1);
+  return 16 * edges * (padded(out_channels) + 16) * sources * padded(shape[1]);
 }
 
-// Doubles of buffer that both need: sums and partial sums.
-int64_t stage_buffer(int64_t edges, const Shape& shape, int64_t out_channels, int64_t kernel) {
-  const int64_t channels = shape[1], samples = shape[0] + 1;
-  const int64_t forward = 3 * edges * out_channels * samples;
-  const int64_t weights = padded(channels) * kernel * kernel + padded(out_channels) * channels;
-  return std::max(forward, edges * (2 * channels * samples + 16 * weights));
+// Doubles of buffer that the forward or the backward needs: sums and workspace.
+int64_t stage_buffer(int64_t edges, const Shape& shape, const Shape& out_shape,
+                     const Geometry& geometry, bool backward, const Place& place) {
+  const int64_t channels = shape[1], out_channels = out_shape[1], samples = shape[0] + 1;
+  if (place.device >= 0) {
+    const Array x = {nullptr, DType::kFloat64, {shape[0], shape[1], shape[2], shape[3]}, {}};
+    Stage stage = {};
+    stage.edges = static_cast<int>(edges), stage.x = &x;
+    std::tie(stage.kernel, stage.dilation, stage.stride) = geometry;
+    const int64_t sums = edges * (backward ? 2 * channels : 3 * out_channels);
+    if constexpr (kCuda) return sums + cuda::stage_workspace(stage, out_shape.data(), backward);
+  }
+  if (!backward) return 3 * edges * out_channels * samples;
+  const int64_t taps = std::get<0>(geometry) * std::get<0>(geometry);
+  const int64_t weights = padded(channels) * taps + padded(out_channels) * channels;
+  return edges * (2 * channels * samples + 16 * weights);
 }
 
 }  // namespace
 
 void define_stages(py::module_& module) {
   const auto released = py::call_guard<py::gil_scoped_release>();
-  module.def("stage_buffer", &stage_buffer, "Doubles of buffer that both functions need.");
+  module.def("stage_buffer", &stage_buffer, "Doubles of buffer that one of the following needs.");
   module.def("sep_stage", &sep_stage_at, "x..., z...; sums, then workspace.", released);
   module.def("sep_stage_backward", &sep_stage_backward_at, "x..., g..., z..., dv...", released);
-  module.def("mixing_buffer", &mixing_buffer, "Doubles of buffer that both functions need.");
+  module.def("mixing_buffer", &mixing_buffer, "Doubles of buffer that one of the following needs.");
   module.def("mixing", &mixing_at, "x..., z...; sums, then workspace.", released);
   module.def("mixing_backward", &mixing_backward_at, "x..., g..., z..., dv...", released);
 }

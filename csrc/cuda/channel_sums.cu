@@ -191,7 +191,7 @@ void drawn_sums(const NodeSumDq& a, const Walk& walk, double* workspace, const P
   };
   if (tiles <= kMost32) start(drawn_sums_kernel<Tile, uint32_t>);
   else start(drawn_sums_kernel<Tile, uint64_t>);
-  combine("node_sum_dq", partial, parts, a.drawn_sums, place);
+  combine("node_sum_dq", partial, parts, {a.drawn_sums, a.drawn.count}, place);
 }
 
 // One thread per channel of an input.
@@ -246,7 +246,7 @@ void channel_sums(const ChannelSums& a, const Place& place) {
     const auto kernel = split.positions <= kMost32 ? channel_sums_kernel<Tile, uint32_t>
                                                    : channel_sums_kernel<Tile, uint64_t>;
     launch("channel_sums", kernel, Grid{blocks, kThreads}, place, views);
-    combine("channel_sums", views.partial, split.parts, a.sums, place);
+    combine("channel_sums", views.partial, split.parts, {a.sums, 2 * plane}, place);
   });
 }
 
@@ -276,7 +276,7 @@ void node_sum_dq(const NodeSumDq& a, const Place& place) {
     const auto kernel = split.positions <= kMost32 ? node_sum_dq_kernel<Tile, uint32_t>
                                                    : node_sum_dq_kernel<Tile, uint64_t>;
     launch("node_sum_dq", kernel, Grid{blocks, kThreads}, place, views);
-    combine("node_sum_dq", views.partial, split.parts, a.sums, place);
+    combine("node_sum_dq", views.partial, split.parts, {a.sums, 2 * plane}, place);
   });
   if (a.drawn.count == 0) return;
   const Layout drawn = layout_of({a.g}, true);

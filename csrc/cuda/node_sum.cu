@@ -103,13 +103,6 @@ affine_kernel(const __grid_constant__ AffineViews<T, Sum> a, Index tiles) {
   }
 }
 
-// Rows [first, first + rows) of a table; null stays null.
-template <typename Sum>
-Span<const Sum> rows_from(const void* data, int64_t first, int64_t rows, int64_t row) {
-  return coefficients<Sum>(data ? static_cast<const Sum*>(data) + first * row : nullptr,
-                           rows * row);
-}
-
 template <typename Tile>
 void affine_of(const Affine& a, const Walk& walk, int first, int inputs, const Place& place) {
   using T = typename Tile::Type;

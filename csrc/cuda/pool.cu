@@ -377,7 +377,7 @@ void pool(const Pool& a, const Place& place) {
     launch("pool", pool_kernel<Tile, decltype(stride)::value>,
            Grid{static_cast<unsigned>(views.split.groups * views.split.parts), kThreads}, place,
            views);
-    combine("pool", views.partial, views.split.parts, a.sums, place);
+    combine("pool", views.partial, views.split.parts, {a.sums, 2 * plane}, place);
   });
 }
 

@@ -118,12 +118,12 @@ Span<double> partial_of(double* sums, double* workspace, int64_t size, int64_t p
   return {parts == 1 ? sums : workspace, size * parts};
 }
 
-void combine(const char* name, const Span<double>& partial, int64_t parts, double* sums,
-             const Place& place) {
+// Fills `sums` from partial[sums.size, parts], which partial_of has placed.
+void combine(const char* name, const Span<double>& partial, int64_t parts,
+             const Span<double>& sums, const Place& place) {
   if (parts == 1) return;
-  const int64_t size = partial.size / parts;
-  launch(name, combine_kernel, grid_of(32 * size, kThreads), place,
-         Span<const double>{partial.data, partial.size}, parts, Span<double>{sums, size});
+  launch(name, combine_kernel, grid_of(32 * sums.size, kThreads), place,
+         Span<const double>{partial.data, partial.size}, parts, sums);
 }
 
 }  // namespace

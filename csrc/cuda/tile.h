@@ -228,6 +228,13 @@ Span<const T> coefficients(const void* data, int64_t size) {
   return {static_cast<const T*>(data), data ? size : 0};
 }
 
+// Rows [first, first + rows) of a table; null stays null.
+template <typename Sum>
+Span<const Sum> rows_from(const void* data, int64_t first, int64_t rows, int64_t row) {
+  return coefficients<Sum>(data ? static_cast<const Sum*>(data) + first * row : nullptr,
+                           rows * row);
+}
+
 template <typename Sum>
 Sites<Sum> sites_of(const Drawn& drawn, int64_t samples) {
   Sites<Sum> sites = {drawn.count, drawn.start, {}, {}, {}};

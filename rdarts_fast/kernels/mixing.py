@@ -1,4 +1,4 @@
-"""1x1 convolutions below a ReLU: a cell's preprocessing and FactorizedReduce (DARTS's operations.py).
+"""1x1 convolutions below a ReLU: a cell's preprocessing and FactorizedReduce, as in DARTS.
 
     y = relu(scale * x + shift)                               or relu(x), the channels of M sources
     z[g] = the first half of its channels from weights[g][0] y, the second from weights[g][1] of y
@@ -61,8 +61,8 @@ def mixing(
     x: M tensors [N, C, H, W], M from 1 to 64, any strides. weights: for each edge [O, M C, 1, 1],
     or two such whose O are half and half (the first has one more where O is odd), the second for
     pixels shifted by (1, 1), zeros past the edge. stride: 1 or 2. scale, shift: [M, C], both or
-    none. float32 or float64; CPU. Differentiable, twice and more, in all tensors. Raises TypeError
-    and ValueError.
+    none. float32, float64, on CUDA bfloat16 too, whose weights, scale and shift are float32.
+    Differentiable, twice and more, in all tensors. Raises TypeError and ValueError.
     """
     _check(x, weights, stride, scale, shift)
     halves = len(weights[0])
@@ -76,7 +76,7 @@ def mixing_twin(sources: Sources) -> list[Tensor]:
     if sources.scale is not None and sources.shift is not None:
         rows = zip(x, sources.scale, sources.shift, strict=True)
         x = [one * a.view(-1, 1, 1) + b.view(-1, 1, 1) for one, a, b in rows]
-    y = F.relu(torch.cat(x, dim=1))
+    y = F.relu(torch.cat(x, dim=1)).to(sources.weights[0][0].dtype)  # float32 for bfloat16
     moved = F.pad(y, (0, 1, 0, 1))[:, :, 1:, 1:]  # zeros past the edge
     y, moved = (part[:, :, :: sources.stride, :: sources.stride] for part in (y, moved))
     results = []
@@ -84,7 +84,7 @@ def mixing_twin(sources: Sources) -> list[Tensor]:
         halves = zip((y, moved), edge, strict=False)
         # Not conv2d, which takes no empty half.
         parts = [torch.einsum("oc,nchw->nohw", half[:, :, 0, 0], part) for part, half in halves]
-        results.append(torch.cat(parts, dim=1))
+        results.append(torch.cat(parts, dim=1).to(sources.x[0].dtype))
     return results
 
 
@@ -92,7 +92,7 @@ def launch_mixing(sources: Sources) -> tuple[list[Tensor], Tensor]:
     """Return z and its sums about a pivot, of squares, and the pivots: [3, G, O], float64."""
     x, shape, edges = sources.x, sources.out_shape(), len(sources.weights)
     z = [array.empty(x[0], shape, torch.channels_last) for _ in sources.weights]
-    buffer = _buffer(sources)
+    buffer = _buffer(sources, backward=False)
     native.extension.mixing(
         array.DTYPES[x[0].dtype],
         tuple(x[0].shape),
@@ -124,7 +124,7 @@ def launch_mixing_backward(
     g: G gradients [N, O, H', W'], any strides. dv: dense, channels innermost. Return the gradients
     of the weights, if wanted, in their order.
     """
-    x, buffer = sources.x, _buffer(sources)
+    x, buffer = sources.x, _buffer(sources, backward=True)
     weights = [half for edge in sources.weights for half in edge]
     dweights = [torch.empty_like(half) for half in weights] if wants_weights else []
     native.extension.mixing_backward(
@@ -147,10 +147,16 @@ def launch_mixing_backward(
     return dweights
 
 
-def _buffer(sources: Sources) -> Tensor:
+def _buffer(sources: Sources, *, backward: bool) -> Tensor:
     x = sources.x[0]
     size = native.extension.mixing_buffer(
-        len(sources.weights), len(sources.x), tuple(x.shape), sources.out_shape()[1]
+        len(sources.weights),
+        len(sources.x),
+        len(sources.weights[0]),
+        tuple(x.shape),
+        sources.out_shape(),
+        backward,
+        native.place(x.device),
     )
     return torch.empty(size, dtype=torch.float64, device=x.device)
 

@@ -80,8 +80,9 @@ def sep_stage(
 
     x: G tensors [N, C, H, W], G from 1 to 64, any strides; one may stand there several times.
     depthwise: G of [C, 1, K, K], K = 3, 5 or 7. pointwise: G of [O, C, 1, 1]. stride, dilation: 1
-    or 2. scale, shift: [G, C], both or none. float32 or float64; CPU. Differentiable, twice and
-    more, in all tensors. Raises TypeError and ValueError.
+    or 2. scale, shift: [G, C], both or none. float32, float64, on CUDA bfloat16 too, whose
+    weights, scale and shift are float32. Differentiable, twice and more, in all tensors. Raises
+    TypeError and ValueError.
     """
     _check(x, depthwise, pointwise, stride, dilation, scale, shift)
     geometry = Geometry(depthwise[0].shape[2], dilation, stride)
@@ -97,14 +98,14 @@ def sep_stage_twin(operands: Operands) -> list[Tensor]:
             x = x * operands.scale[g].view(-1, 1, 1) + operands.shift[g].view(-1, 1, 1)
         padding = dilation * (kernel // 2)
         d = F.conv2d(
-            F.relu(x),
+            F.relu(x).to(operands.depthwise[g].dtype),  # float32 for bfloat16
             operands.depthwise[g],
             stride=stride,
             padding=padding,
             dilation=dilation,
             groups=x.shape[1],
         )
-        results.append(F.conv2d(d, operands.pointwise[g]))
+        results.append(F.conv2d(d, operands.pointwise[g]).to(operands.x[g].dtype))
     return results
 
 
@@ -112,7 +113,7 @@ def launch_sep_stage(operands: Operands) -> tuple[list[Tensor], Tensor]:
     """Return z and its sums about a pivot, of squares, and the pivots: [3, G, O], float64."""
     x, shape = operands.x, operands.out_shape()
     z = [array.empty(x[0], shape, torch.channels_last) for _ in x]
-    buffer = _buffer(operands)
+    buffer = _buffer(operands, backward=False)
     native.extension.sep_stage(
         array.DTYPES[x[0].dtype],
         tuple(x[0].shape),
@@ -146,7 +147,7 @@ def launch_sep_stage_backward(
     those of dv * y, [2, G, C] float64, if wanted, and the gradients of depthwise and pointwise, if
     wanted.
     """
-    x, buffer = operands.x, _buffer(operands)
+    x, buffer = operands.x, _buffer(operands, backward=True)
     weights = [*operands.depthwise, *operands.pointwise]
     dweights = [torch.empty_like(w) for w in weights] if wants_weights else []
     native.extension.sep_stage_backward(
@@ -172,10 +173,15 @@ def launch_sep_stage_backward(
     return sums, dweights
 
 
-def _buffer(operands: Operands) -> Tensor:
+def _buffer(operands: Operands, *, backward: bool) -> Tensor:
     x = operands.x[0]
     size = native.extension.stage_buffer(
-        len(operands.x), tuple(x.shape), operands.pointwise[0].shape[0], operands.geometry.kernel
+        len(operands.x),
+        tuple(x.shape),
+        operands.out_shape(),
+        operands.geometry,
+        backward,
+        native.place(x.device),
     )
     return torch.empty(size, dtype=torch.float64, device=x.device)
 
@@ -197,14 +203,14 @@ def _check(
     c = x[0].shape[1]
     for name, weights in (("depthwise", depthwise), ("pointwise", pointwise)):
         if isinstance(weights, Tensor) or len(weights) != len(x):
-            got = "a tensor" if isinstance(weights, Tensor) else len(weights)
+            got = "a tensor" if isinstance(weights, Tensor) else str(len(weights))
             raise ValueError(f"{name}: expected G = {len(x)} tensors, got {got}")
     if depthwise[0].dim() != 4 or depthwise[0].shape[2] not in KERNELS:
-        got = tuple(depthwise[0].shape)
+        got = str(tuple(depthwise[0].shape))
         raise ValueError(f"depthwise[0]: expected shape [C, 1, K, K] with K of 3, 5, 7, got {got}")
     k = depthwise[0].shape[2]
     if pointwise[0].dim() != 4 or pointwise[0].shape[0] < 1:
-        got = tuple(pointwise[0].shape)
+        got = str(tuple(pointwise[0].shape))
         raise ValueError(f"pointwise[0]: expected shape [O, C, 1, 1], got {got}")
     o = pointwise[0].shape[0]
     for e, (d, p) in enumerate(zip(depthwise, pointwise, strict=True)):
@@ -242,7 +248,9 @@ class _SepStage(Function):
         operands = Operands(x, depthwise, pointwise, ctx.geometry, scale, shift)
         if torch.is_grad_enabled():  # create_graph: derivatives that have their own
             inputs = [t for t in (scale, shift, *tensors) if t is not None]
-            found = iter(torch.autograd.grad(sep_stage_twin(operands), inputs, g, create_graph=True))
+            found = iter(
+                torch.autograd.grad(sep_stage_twin(operands), inputs, g, create_graph=True)
+            )
             return None, *(None if t is None else next(found) for t in (scale, shift, *tensors))
         if x[0].device.type == "meta":
             return None, scale, shift, *tensors
