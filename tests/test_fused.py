@@ -116,6 +116,8 @@ def test_float32_is_as_exact_as_the_reference_over_seeds(space: str) -> None:
         for errors in zip(*(full_size(space, seed) for seed in range(6)), strict=True)
     )
     assert (fused > 0).all() and (fused <= 1.5 * reference).all(), (reference, fused)
+
+
 def test_both_pools_of_a_state_are_one_launch() -> None:
     """A reduction cell: two inputs at stride 2 and all nodes but the last at stride 1."""
     net = two("darts", channels=2, layers=1)[1]

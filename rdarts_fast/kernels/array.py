@@ -115,10 +115,14 @@ def empty(like: Tensor, shape: tuple[int, ...], format_: torch.memory_format) ->
     is asked to fill what it allocates (torch.use_deterministic_algorithms).
     """
     size = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or size < LEAST_KEPT or torch.are_deterministic_algorithms_enabled():
+    filled = torch.are_deterministic_algorithms_enabled()
+    if like.device.type != "cpu" or size < LEAST_KEPT or filled:
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format_)
-    block = torch.frombuffer(native.extension.Block(size), dtype=like.dtype)
-    n, c, h, w = shape
+    try:
+        block = torch.frombuffer(native.extension.Block(size), dtype=like.dtype)
+    except MemoryError:  # torch says how much it was
+        return torch.empty(shape, dtype=like.dtype, memory_format=format_)
+    c, h, w = shape[1:]
     if format_ == torch.channels_last:
         return block.as_strided(shape, (c * h * w, 1, w * c, c))
     return block.as_strided(shape, (c * h * w, h * w, w, 1))
