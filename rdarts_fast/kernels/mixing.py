@@ -218,9 +218,12 @@ class _Mixing(Function):
         sources = _sources(ctx.settings, scale, shift, tensors)
         nothing = (None, None, None)
         if torch.is_grad_enabled():  # create_graph: derivatives that have their own
-            inputs = [t for t in (scale, shift, *tensors) if t is not None]
-            found = iter(torch.autograd.grad(mixing_twin(sources), inputs, g, create_graph=True))
-            return *nothing, *(None if t is None else next(found) for t in (scale, shift, *tensors))
+            needs = ctx.needs_input_grad[3:]
+            given = (scale, shift, *tensors)
+            inputs = [t for t, need in zip(given, needs, strict=True) if need]
+            twin = mixing_twin(sources)
+            found = iter(torch.autograd.grad(twin, inputs, g, create_graph=True))
+            return *nothing, *(next(found) if need else None for need in needs)
         if tensors[0].device.type == "meta":
             return *nothing, scale, shift, *tensors
         x = sources.x

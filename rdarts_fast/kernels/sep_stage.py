@@ -247,11 +247,12 @@ class _SepStage(Function):
         x, depthwise, pointwise = (tensors[i * count : (i + 1) * count] for i in range(3))
         operands = Operands(x, depthwise, pointwise, ctx.geometry, scale, shift)
         if torch.is_grad_enabled():  # create_graph: derivatives that have their own
-            inputs = [t for t in (scale, shift, *tensors) if t is not None]
-            found = iter(
-                torch.autograd.grad(sep_stage_twin(operands), inputs, g, create_graph=True)
-            )
-            return None, *(None if t is None else next(found) for t in (scale, shift, *tensors))
+            needs = ctx.needs_input_grad[1:]
+            given = (scale, shift, *tensors)
+            inputs = [t for t, need in zip(given, needs, strict=True) if need]
+            twin = sep_stage_twin(operands)
+            found = iter(torch.autograd.grad(twin, inputs, g, create_graph=True))
+            return None, *(next(found) if need else None for need in needs)
         if x[0].device.type == "meta":
             return None, scale, shift, *tensors
         dv = [array.empty(tensor, tuple(tensor.shape), torch.channels_last) for tensor in x]
