@@ -315,7 +315,8 @@ def test_first_and_second_derivatives(backend: str) -> None:
 
         def stage(*t: Tensor, stride: int = stride) -> tuple[Tensor, ...]:
             maps = {"scale": t[6], "shift": t[7]} if len(t) > 6 else {}
-            return tuple(sep_stage(t[:2], t[2:4], t[4:6], stride=stride, dilation=2, **maps))
+            turned = [w.transpose(0, 1) for w in t[4:6]]  # weights need not be contiguous
+            return tuple(sep_stage(t[:2], t[2:4], turned, stride=stride, dilation=2, **maps))
 
         def mix(*t: Tensor, halves: int = stride, count: int = len(weights)) -> tuple[Tensor, ...]:
             maps = {"scale": t[count + 2], "shift": t[count + 3]} if len(t) > count + 2 else {}

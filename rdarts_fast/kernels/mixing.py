@@ -66,8 +66,9 @@ def mixing(
     """
     _check(x, weights, stride, scale, shift)
     halves = len(weights[0])
-    flat = [half for edge in weights for half in edge]
-    return list(_Mixing.apply(stride, halves, len(x), scale, shift, *x, *flat))
+    flat = [half.contiguous() for edge in weights for half in edge]
+    maps = map(array.contiguous, (scale, shift))
+    return list(_Mixing.apply(stride, halves, len(x), *maps, *x, *flat))
 
 
 def mixing_twin(sources: Sources) -> list[Tensor]:
@@ -204,8 +205,6 @@ class _Mixing(Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.settings = stride, halves, count
-        scale, shift = map(array.contiguous, (scale, shift))
-        tensors = (*tensors[:count], *(w.contiguous() for w in tensors[count:]))
         ctx.save_for_backward(scale, shift, *tensors)
         sources = _sources(ctx.settings, scale, shift, tensors)
         if tensors[0].device.type == "meta":

@@ -86,7 +86,9 @@ def sep_stage(
     """
     _check(x, depthwise, pointwise, stride, dilation, scale, shift)
     geometry = Geometry(depthwise[0].shape[2], dilation, stride)
-    return list(_SepStage.apply(geometry, scale, shift, *x, *depthwise, *pointwise))
+    maps = map(array.contiguous, (scale, shift))
+    weights = (w.contiguous() for w in (*depthwise, *pointwise))
+    return list(_SepStage.apply(geometry, *maps, *x, *weights))
 
 
 def sep_stage_twin(operands: Operands) -> list[Tensor]:
@@ -231,11 +233,10 @@ class _SepStage(Function):
         ctx: Any, geometry: Geometry, scale: Tensor | None, shift: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.geometry = geometry
-        scale, shift = map(array.contiguous, (scale, shift))
+        ctx.save_for_backward(scale, shift, *tensors)
         count = len(tensors) // 3
-        x, weights = tensors[:count], [w.contiguous() for w in tensors[count:]]
-        ctx.save_for_backward(scale, shift, *x, *weights)
-        operands = Operands(x, weights[:count], weights[count:], geometry, scale, shift)
+        x, depthwise, pointwise = (tensors[i * count : (i + 1) * count] for i in range(3))
+        operands = Operands(x, depthwise, pointwise, geometry, scale, shift)
         if x[0].device.type == "meta":
             return tuple(x[0].new_empty(operands.out_shape()) for _ in x)
         return tuple(launch_sep_stage(operands)[0])
