@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <memory>
 #include <tuple>
 
 #include "bindings.h"
@@ -15,27 +14,31 @@ namespace {
 
 using Addresses = std::vector<Address>;
 using Geometry = std::tuple<int, int, int>;  // kernel, dilation, stride
+using Flags = std::vector<uint8_t>;
+
+template <typename T>
+std::vector<T*> pointers_of(const Addresses& addresses) {
+  std::vector<T*> pointers;
+  for (const Address address : addresses) pointers.push_back(pointer<T>(address));
+  return pointers;
+}
 
 // A stage, and the arrays that it points to.
 struct Operands {
   std::vector<Array> x;
-  std::vector<const void*> depthwise, pointwise;
+  std::vector<const void*> weights;  // G of the depthwise part, G of the pointwise
   Stage stage;
 
   Operands(int dtype, const Shape& shape, const Numbers& tensors, const Geometry& geometry,
-           const Addresses& weights, Address scale, Address shift)
-      : x(arrays_of(dtype, shape, tensors)), stage{} {
+           const Addresses& addresses, Address scale, Address shift)
+      : x(arrays_of(dtype, shape, tensors)), weights(pointers_of<const void>(addresses)), stage{} {
     if (x.empty() || x.size() > kMostEdges || weights.size() != 2 * x.size()) {
       throw std::invalid_argument("x: expected 1 to 64 tensors and two weights each");
-    }
-    for (size_t e = 0; e < x.size(); ++e) {
-      depthwise.push_back(pointer(weights[e]));
-      pointwise.push_back(pointer(weights[x.size() + e]));
     }
     stage.edges = static_cast<int>(x.size()), stage.x = x.data();
     std::tie(stage.kernel, stage.dilation, stage.stride) = geometry;
     stage.scale = pointer(scale), stage.shift = pointer(shift);
-    stage.depthwise = depthwise.data(), stage.pointwise = pointwise.data();
+    stage.depthwise = weights.data(), stage.pointwise = weights.data() + x.size();
   }
 };
 
@@ -66,25 +69,27 @@ void sep_stage_at(int dtype, const Shape& shape, const Numbers& x, const Shape& 
 
 using Map = std::array<Address, 4>;  // by_g, by_z, constant, factors
 
+// `out`: G of g, then G of z.
+GradientOfZ gradient_of(const std::vector<Array>& out, const Map& map) {
+  return {out.data(),      out.data() + out.size() / 2, pointer(map[0]), pointer(map[1]),
+          pointer(map[2]), pointer(map[3])};
+}
+
 void sep_stage_backward_at(int dtype, const Shape& shape, const Numbers& x, const Shape& out_shape,
                            const Numbers& gradients, const Geometry& geometry,
                            const Addresses& weights, Address scale, Address shift, const Map& map,
-                           const Numbers& dv, const std::vector<bool>& adds, bool wants_sums,
+                           const Numbers& dv, const Flags& adds, bool wants_sums,
                            const Addresses& dweights, Address buffer, const Place& place) {
   const Operands operands(dtype, shape, x, geometry, weights, scale, shift);
-  const std::vector<Array> out = arrays_of(dtype, out_shape, gradients);  // G of g, then of z
+  const std::vector<Array> out = arrays_of(dtype, out_shape, gradients);
   check_cpu_dtype(out[0].dtype, place);
   const size_t edges = operands.x.size();
   const std::vector<Array> results = arrays_of(dtype, shape, dv);
-  const std::unique_ptr<bool[]> added(new bool[edges]);
-  std::copy(adds.begin(), adds.end(), added.get());
-  std::vector<void*> dweight;
-  for (const Address address : dweights) dweight.push_back(pointer(address));
+  const std::vector<void*> dweight = pointers_of<void>(dweights);
   double* const sums = pointer<double>(buffer);
   StageBackward a = {};
-  a.stage = operands.stage, a.g = &out[0], a.z = &out[edges];
-  a.by_g = pointer(map[0]), a.by_z = pointer(map[1]), a.constant = pointer(map[2]);
-  a.factors = pointer(map[3]), a.dv = results.data(), a.adds = added.get();
+  static_cast<GradientOfZ&>(a) = gradient_of(out, map);
+  a.stage = operands.stage, a.dv = results.data(), a.adds = adds.data();
   a.sums = wants_sums ? sums : nullptr;
   a.ddepthwise = dweight.empty() ? nullptr : dweight.data();
   a.dpointwise = dweight.empty() ? nullptr : dweight.data() + edges;
@@ -95,18 +100,12 @@ void sep_stage_backward_at(int dtype, const Shape& shape, const Numbers& x, cons
 // The sources of a mixing; `halves` addresses of weights an edge.
 Mixing mixing_of(const std::vector<Array>& x, const std::vector<const void*>& weights, int edges,
                  int stride, Address scale, Address shift) {
-  if (x.empty() || edges < 1 || (weights.size() != edges && weights.size() != 2 * edges)) {
+  const int count = static_cast<int>(weights.size()), halves = edges > 0 ? count / edges : 0;
+  if (x.empty() || (halves != 1 && halves != 2) || count != halves * edges) {
     throw std::invalid_argument("weights: expected one or two an edge");
   }
-  const int halves = static_cast<int>(weights.size()) / edges;
   return {edges,          static_cast<int>(x.size()), halves, stride, x.data(), pointer(scale),
           pointer(shift), weights.data()};
-}
-
-std::vector<const void*> pointers_of(const Addresses& addresses) {
-  std::vector<const void*> pointers;
-  for (const Address address : addresses) pointers.push_back(pointer(address));
-  return pointers;
 }
 
 void mixing_at(int dtype, const Shape& shape, const Numbers& x, const Shape& out_shape,
@@ -114,7 +113,7 @@ void mixing_at(int dtype, const Shape& shape, const Numbers& x, const Shape& out
                Address shift, Address buffer, const Place& place) {
   const std::vector<Array> sources = arrays_of(dtype, shape, x);
   const std::vector<Array> out = arrays_of(dtype, out_shape, z);
-  const std::vector<const void*> w = pointers_of(weights);
+  const std::vector<const void*> w = pointers_of<const void>(weights);
   check_cpu_dtype(out[0].dtype, place);
   const int edges = static_cast<int>(out.size());
   double* const sums = pointer<double>(buffer);
@@ -126,23 +125,19 @@ void mixing_at(int dtype, const Shape& shape, const Numbers& x, const Shape& out
 void mixing_backward_at(int dtype, const Shape& shape, const Numbers& x, const Shape& out_shape,
                         const Numbers& gradients, int stride, const Addresses& weights,
                         Address scale, Address shift, const Map& map, const Numbers& dv,
-                        const std::vector<bool>& adds, const Addresses& dweights, Address buffer,
+                        const Flags& adds, const Addresses& dweights, Address buffer,
                         const Place& place) {
   const std::vector<Array> sources = arrays_of(dtype, shape, x);
-  const std::vector<Array> out = arrays_of(dtype, out_shape, gradients);  // G of g, then of z
-  const std::vector<const void*> w = pointers_of(weights);
+  const std::vector<Array> out = arrays_of(dtype, out_shape, gradients);
+  const std::vector<const void*> w = pointers_of<const void>(weights);
   check_cpu_dtype(out[0].dtype, place);
   const std::vector<Array> results = arrays_of(dtype, shape, dv);
-  const std::unique_ptr<bool[]> added(new bool[adds.size()]);
-  std::copy(adds.begin(), adds.end(), added.get());
-  std::vector<void*> dweight;
-  for (const Address address : dweights) dweight.push_back(pointer(address));
+  const std::vector<void*> dweight = pointers_of<void>(dweights);
   const int edges = static_cast<int>(out.size() / 2);
   MixingBackward a = {};
+  static_cast<GradientOfZ&>(a) = gradient_of(out, map);
   a.mixing = mixing_of(sources, w, edges, stride, scale, shift);
-  a.g = &out[0], a.z = &out[edges];
-  a.by_g = pointer(map[0]), a.by_z = pointer(map[1]), a.constant = pointer(map[2]);
-  a.factors = pointer(map[3]), a.dv = results.data(), a.adds = added.get();
+  a.dv = results.data(), a.adds = adds.data();
   a.dweights = dweight.empty() ? nullptr : dweight.data();
   a.workspace = pointer<double>(buffer);
   run(a, place);

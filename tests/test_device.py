@@ -99,4 +99,5 @@ def test_a_device_that_fits_is_not_compared_again() -> None:
 
 def test_an_empty_launch_asks_nothing_of_the_device() -> None:
     place = native.extension.Place("base", device=add_device(75))
-    native.extension.philox_uniform(0, 0, SEED, COUNTER, place)
+    native.extension.philox_uniform(0, 0, SEED, COUNTER, place)  # that of fill_on would be refused
+    assert counts() == {}

@@ -6,7 +6,6 @@ from rdarts_fast import native
 from rdarts_fast.kernels import array, node_sum
 
 LIKE = torch.zeros(4, 16, 32, 32)
-MEGABYTE = 1 << 20
 
 
 def fresh(samples: int = 4) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """The convolution stages, sep_stage and mixing, against plain torch twins in float64."""
 
+import importlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -205,7 +207,7 @@ def test_stage_computes_no_more_than_is_wanted(backend: str) -> None:
     z, _ = launch_sep_stage(operands)
     backward = Backward(z, s.layout, plain=False)
     everything = [torch.empty_like(x) for x in operands.x]
-    _, weights = backward_of(
+    all_sums, weights = backward_of(
         operands, z, backward, everything, [False] * 3, wants_sums=True, wants_weights=True
     )
     dv = [torch.empty_like(operands.x[0]), None, torch.empty_like(operands.x[2])]
@@ -214,10 +216,45 @@ def test_stage_computes_no_more_than_is_wanted(backend: str) -> None:
     )
     assert sums is None and none == []
     assert torch.equal(dv[0], everything[0]) and torch.equal(dv[2], everything[2])
+    same, _ = backward_of(
+        operands, z, backward, dv, [False] * 3, wants_sums=True, wants_weights=False
+    )
+    assert torch.equal(same, all_sums)  # of the dv that is not wanted, too
     _, alone = backward_of(
         operands, z, backward, [None] * 3, [False] * 3, wants_sums=False, wants_weights=True
     )
     assert all(torch.equal(a, b) for a, b in zip(alone, weights, strict=True))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_constants_get_no_gradient_and_cost_none(monkeypatch, scaled: bool) -> None:
+    """Frozen weights, as in passes for the alphas alone, and inputs that are images."""
+    x, d, p = torch.randn(2, 3, 5, 5), torch.randn(3, 1, 3, 3), torch.randn(4, 3, 1, 1)
+    maps = dict.fromkeys(("scale", "shift"), torch.randn(1, 3) if scaled else None)
+    calls: list[tuple[bool, bool]] = []
+    for name in ("sep_stage", "mixing"):
+        module = importlib.import_module(f"rdarts_fast.kernels.{name}")
+        launcher = f"launch_{name}_backward"
+        original = getattr(module, launcher)
+
+        def recorded(*arguments, original=original, **wants):
+            dv = arguments[4]
+            calls.append((dv[0] is not None, wants["wants_weights"]))
+            return original(*arguments, **wants)
+
+        monkeypatch.setattr(module, launcher, recorded)
+    for function in (
+        lambda x, d, p: sep_stage([x], [d], [p], **maps)[0],
+        lambda x, d, p: mixing([x], [[p]], **maps)[0],
+    ):
+        every = [t.clone().requires_grad_() for t in (x, d, p)]
+        whole = torch.autograd.grad(function(*every).square().sum(), every, allow_unused=True)
+        for kept in (0, 2):
+            some = [t.clone().requires_grad_(i == kept) for i, t in enumerate((x, d, p))]
+            calls.clear()
+            (one,) = torch.autograd.grad(function(*some).square().sum(), [some[kept]])
+            assert torch.equal(one, whole[kept])
+            assert calls == [(kept == 0, kept == 2)]
 
 
 def test_not_a_number_passes_the_relu(backend: str) -> None:

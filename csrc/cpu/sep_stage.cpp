@@ -214,8 +214,8 @@ template <typename T>
 void through_depthwise(const StageBackward& a, const Depthwise<T>& kernel, const Sizes& g,
                        const BackwardMemory<T>& m, int e, int64_t n, double* sums /* [2, C] */) {
   constexpr int L = kVector<T>;
-  const Result<T> result(a.dv[e], n);
-  const bool adds = a.adds[e];
+  const bool wanted = a.dv[e].data, adds = a.adds[e];
+  const Result<T> result(wanted ? a.dv[e] : a.stage.x[e], n);  // written only where wanted
   if (g.stride == 2) std::fill_n(m.dimage, g.in * g.padded_pixels * L, T(0));
   for (int v = 0; v < g.in; ++v) {
     const int64_t block = v * g.padded_pixels, out_block = v * g.out_padded_pixels;
@@ -237,7 +237,7 @@ void through_depthwise(const StageBackward& a, const Depthwise<T>& kernel, const
         const Vec<T> passed = load(y + column * L);
         const Vec<T> value = where_passed<T>(load(dv + column * L), passed);
         sum += value, product += value * passed;
-        result.set(row, column, v, value, adds);
+        if (wanted) result.set(row, column, v, value, adds);
       }
       if (!sums) continue;
       const int64_t count = std::min<int64_t>(L, g.channels - v * L);
@@ -320,7 +320,7 @@ void backward_of(const StageBackward& a, int threads) {
         fill_image(Pixels<T>(s.x[e], n), g, s.scale ? m.scale : nullptr, m.shift, m.image);
         m.map.take_factor(a.factors, e * g.samples + n);
         through_pointwise(a, kernel, g, m, e, n, offset.data(), a.ddepthwise ? &weights : nullptr);
-        if (a.dv[e].data) through_depthwise(a, kernel, g, m, e, n, own_sums);
+        if (a.dv[e].data || own_sums) through_depthwise(a, kernel, g, m, e, n, own_sums);
       }
     }
   });

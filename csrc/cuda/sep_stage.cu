@@ -78,14 +78,9 @@ sep_stage_kernel(const __grid_constant__ ForwardViews<T> a) {
   const int e = static_cast<int>(blockIdx.z);
   const Region region(t, blockIdx.x, blockIdx.y);
   const ForwardMemory<K> sizes(t, s.stride, s.dilation);
-  int next = 0;
-  const auto take = [&](int count) {
-    const SharedSpan<Sum> part = dynamic_shared<Sum>(count, next);
-    next += count * static_cast<int>(sizeof(Sum));
-    return part;
-  };
-  const SharedSpan<Sum> y = take(sizes.image), taps = take(sizes.taps);
-  const SharedSpan<Sum> weights = take(sizes.weights), d = take(sizes.tile);
+  SharedParts<Sum> memory;
+  const SharedSpan<Sum> y = memory.take(sizes.image), taps = memory.take(sizes.taps);
+  const SharedSpan<Sum> weights = memory.take(sizes.weights), d = memory.take(sizes.tile);
   Cell<Sum> cell(t);
   for (int64_t channel = 0; channel < s.channels; channel += t.depth) {
     __syncthreads();  // the last channels have been read

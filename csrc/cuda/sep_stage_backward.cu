@@ -27,11 +27,11 @@ __global__ void __launch_bounds__(kStageThreads, 1)
 gradient_of_d_kernel(const __grid_constant__ GradientOfD<T> a) {
   using Sum = SumOf<T>;
   const Tiling& t = a.tiling;
-  const int e = static_cast<int>(blockIdx.z), tile = t.slots() * (t.depth + kPad);
+  const int e = static_cast<int>(blockIdx.z);
   const Region region(t, blockIdx.x, blockIdx.y);
-  const SharedSpan<Sum> dz = dynamic_shared<Sum>(tile);
-  const SharedSpan<Sum> weights =
-      dynamic_shared<Sum>(t.depth * t.channels, tile * static_cast<int>(sizeof(Sum)));
+  SharedParts<Sum> memory;
+  const SharedSpan<Sum> dz = memory.take(t.slots() * (t.depth + kPad));
+  const SharedSpan<Sum> weights = memory.take(t.depth * t.channels);
   Cell<Sum> cell(t);
   for (int64_t o = 0; o < a.gradient.channels; o += t.depth) {
     __syncthreads();  // the last channels have been read
@@ -150,9 +150,8 @@ gradient_of_v_kernel(const __grid_constant__ GradientOfV<T> a) {
   const Region region(t, blockIdx.x, 0);
   const int64_t channel = static_cast<int64_t>(blockIdx.y) * t.depth;
   const BackMemory<K> sizes(t, s.stride, s.dilation);
-  const SharedSpan<Sum> image = dynamic_shared<Sum>(sizes.image);
-  const SharedSpan<Sum> taps =
-      dynamic_shared<Sum>(sizes.taps, sizes.image * static_cast<int>(sizeof(Sum)));
+  SharedParts<Sum> memory;
+  const SharedSpan<Sum> image = memory.take(sizes.image), taps = memory.take(sizes.taps);
   const int back = s.pad - (K - 1) * s.dilation, half = s.stride - 1;
   const int top = (region.first_row + back) >> half, left = (region.first_column + back) >> half;
   for (int i = a.begin[blockIdx.z]; i < a.begin[blockIdx.z + 1]; ++i) {
@@ -268,14 +267,9 @@ gradient_of_weights_kernel(const __grid_constant__ GradientOfWeights<T> a) {
   const int64_t slices = (s.channels + t.depth - 1) / t.depth;
   const int64_t channel = blockIdx.y % slices * t.depth, block = blockIdx.y / slices;
   const WeightMemory<K> sizes(t, s.stride, s.dilation);
-  int next = 0;
-  const auto take = [&](int count) {
-    const SharedSpan<Sum> part = dynamic_shared<Sum>(count, next);
-    next += count * static_cast<int>(sizeof(Sum));
-    return part;
-  };
-  const SharedSpan<Sum> y = take(sizes.image), taps = take(sizes.taps);
-  const SharedSpan<Sum> d = take(sizes.d), dz = take(sizes.dz);
+  SharedParts<Sum> memory;
+  const SharedSpan<Sum> y = memory.take(sizes.image), taps = memory.take(sizes.taps);
+  const SharedSpan<Sum> d = memory.take(sizes.d), dz = memory.take(sizes.dz);
   fill_taps<K>(s.depthwise[e], s.channels, channel, t.depth, taps);
   OuterCell<Sum> cell(t);
   Sum dtaps[K * K] = {};

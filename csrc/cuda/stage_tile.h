@@ -23,6 +23,20 @@ constexpr int kSharedAim = 100 * 1024;  // bytes, so that a multiprocessor holds
 template <typename T>
 using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Hands out the block's dynamic shared memory, part after part.
+template <typename Sum>
+class SharedParts {
+ public:
+  __device__ SharedSpan<Sum> take(int count) {
+    const SharedSpan<Sum> part = dynamic_shared<Sum>(count, used_);
+    used_ += count * static_cast<int>(sizeof(Sum));
+    return part;
+  }
+
+ private:
+  int used_ = 0;  // bytes
+};
+
 // How images [height, width] of `of` channels are cut into tiles.
 struct Tiling {
   int height, width;

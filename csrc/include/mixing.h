@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "array.h"
+#include "stage.h"
 
 namespace rdarts {
 
@@ -28,18 +29,11 @@ struct MixingForward {
   double* workspace;
 };
 
-// With dz_g = by_g[g, o] * g_g + by_z[g, o] * z_g + constant[g, o] the gradient of z_g, dv_m is that
-// of scale x_m + shift over all edges, 0 where that is <= 0.
-struct MixingBackward {
+// dv_m is the gradient of scale x_m + shift over all edges, 0 where that is <= 0.
+struct MixingBackward : GradientOfZ {
   Mixing mixing;
-  const Array* g;        // [G], each [N, O, H', W'], any strides
-  const Array* z;        // [G]; null where by_z is
-  const void* by_g;      // [G, O] or null for ones
-  const void* by_z;      // [G, O] or null
-  const void* constant;  // [G, O] or null
-  const void* factors;   // [G, N] or null
-  const Array* dv;       // [M], each [N, C, H, W]; absent: not wanted
-  const bool* adds;      // [M]: whether dv_m is added to what is there
+  const Array* dv;        // [M], each [N, C, H, W], no two of them one tensor; absent: not wanted
+  const uint8_t* adds;    // [M]: whether dv_m is added to what is there
   void* const* dweights;  // [G, halves], like weights; null: they get no gradients
   double* workspace;
 };

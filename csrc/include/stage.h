@@ -33,18 +33,23 @@ struct StageForward {
   double* workspace;
 };
 
-// With dz_g = factors[g, n] * by_g[g, o] * g_g + by_z[g, o] * z_g + constant[g, o], the gradient of
-// z_g, and v_g = scale_g * x_g + shift_g: dv_g is the gradient of v_g, 0 where v_g <= 0.
-struct StageBackward {
-  Stage stage;
+// The gradient of z_g, from that of what z_g enters:
+//   dz_g = factors[g, n] * by_g[g, o] * g_g + by_z[g, o] * z_g + constant[g, o]
+struct GradientOfZ {
   const Array* g;        // [G], each [N, O, H', W'], any strides
   const Array* z;        // [G]; null where by_z is
   const void* by_g;      // [G, O] or null for ones
   const void* by_z;      // [G, O] or null
   const void* constant;  // [G, O] or null
   const void* factors;   // [G, N] or null
-  const Array* dv;       // [G], each [N, C, H, W]; those of a repeated x may be one tensor
-  const bool* adds;      // [G]: whether dv_g is added to what is there
+};
+
+// With v_g = scale_g * x_g + shift_g: dv_g is the gradient of v_g, 0 where v_g <= 0.
+struct StageBackward : GradientOfZ {
+  Stage stage;
+  const Array* dv;          // [G], each [N, C, H, W]; absent: not wanted; those of a repeated x may
+                            // be one tensor
+  const uint8_t* adds;      // [G]: whether dv_g is added to what is there
   double* sums;          // [2, G, C]: sum of dv_g, sum of dv_g * y_g; null: not wanted
   void* const* ddepthwise;  // [G], like depthwise; null: the weights get no gradients
   void* const* dpointwise;  // [G], like pointwise

@@ -108,20 +108,26 @@ def memory_format(z: Sequence[Tensor]) -> torch.memory_format:
     return torch.channels_last if 2 * inner > len(z) else torch.contiguous_format
 
 
-def empty(like: Tensor, shape: tuple[int, ...], format_: torch.memory_format) -> Tensor:
-    """Return a dense uninitialised tensor [N, C, H, W] of like's dtype and device.
+def empty(
+    like: Tensor,
+    shape: Sequence[int],
+    format_: torch.memory_format,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return a dense uninitialised tensor [N, C, H, W] on like's device, of its dtype or another.
 
     On the CPU in memory that earlier results have left (csrc/bindings_memory.cpp), but where torch
     is asked to fill what it allocates (torch.use_deterministic_algorithms).
     """
-    size = math.prod(shape) * like.element_size()
+    dtype = like.dtype if dtype is None else dtype
+    size = math.prod(shape) * dtype.itemsize
     filled = torch.are_deterministic_algorithms_enabled()
     if like.device.type != "cpu" or size < LEAST_KEPT or filled:
-        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format_)
+        return torch.empty(shape, dtype=dtype, device=like.device, memory_format=format_)
     try:
-        block = torch.frombuffer(native.extension.Block(size), dtype=like.dtype)
+        block = torch.frombuffer(native.extension.Block(size), dtype=dtype)
     except MemoryError:  # torch says how much it was
-        return torch.empty(shape, dtype=like.dtype, memory_format=format_)
+        return torch.empty(shape, dtype=dtype, memory_format=format_)
     c, h, w = shape[1:]
     if format_ == torch.channels_last:
         return block.as_strided(shape, (c * h * w, 1, w * c, c))

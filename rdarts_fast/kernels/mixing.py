@@ -216,20 +216,24 @@ class _Mixing(Function):
         scale, shift, *tensors = ctx.saved_tensors
         sources = _sources(ctx.settings, scale, shift, tensors)
         nothing = (None, None, None)
+        needs = ctx.needs_input_grad[len(nothing) :]
         if torch.is_grad_enabled():  # create_graph: derivatives that have their own
-            needs = ctx.needs_input_grad[3:]
-            given = (scale, shift, *tensors)
-            inputs = [t for t, need in zip(given, needs, strict=True) if need]
+            pairs = zip((scale, shift, *tensors), needs, strict=True)
+            inputs = [t for t, need in pairs if need]
             twin = mixing_twin(sources)
             found = iter(torch.autograd.grad(twin, inputs, g, create_graph=True))
             return *nothing, *(next(found) if need else None for need in needs)
         if tensors[0].device.type == "meta":
             return *nothing, scale, shift, *tensors
         x = sources.x
-        dv = [array.empty(one, tuple(one.shape), torch.channels_last) for one in x]
+        of_x, of_weights = any(needs[: 2 + len(x)]), any(needs[2 + len(x) :])
+        dv: list[Any] = [None] * len(x)
+        if of_x:
+            dv = [array.empty(one, one.shape, torch.channels_last) for one in x]
         adds = [False] * len(x)
-        dweights = launch_mixing_backward(sources, g, g, Affine(), dv, adds, wants_weights=True)
-        if scale is None:
+        given = launch_mixing_backward(sources, g, g, Affine(), dv, adds, wants_weights=of_weights)
+        dweights: Sequence[Any] = given if of_weights else [None] * (len(tensors) - len(x))
+        if scale is None or not of_x:
             return *nothing, None, None, *dv, *dweights
         rows = [node_sum_dq(one, [tensor]) for one, tensor in zip(dv, x, strict=True)]
         dscale, dshift = (torch.cat([row[i] for row in rows]) for i in (0, 1))

@@ -80,12 +80,7 @@ def _pooled_shape(x: Tensor, stride: int) -> tuple[int, int, int, int]:
 
 
 def _empty(x: Tensor, stride: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(
-        _pooled_shape(x, stride),
-        dtype=dtype,
-        device=x.device,
-        memory_format=array.memory_format((x,)),
-    )
+    return array.empty(x, _pooled_shape(x, stride), array.memory_format((x,)), dtype)
 
 
 def _by_kind(kinds: Kinds, tensors: Sequence[Optional]) -> tuple[Optional, Optional]:
@@ -138,12 +133,7 @@ class _PoolAdjoint(Function):
         ctx.save_for_backward(place)
         present = [gradient for gradient in g if gradient is not None]
         like = present[0]
-        dx = torch.empty(
-            (*like.shape[:2], *size),
-            dtype=like.dtype,
-            device=like.device,
-            memory_format=array.memory_format(present),
-        )
+        dx = array.empty(like, (*like.shape[:2], *size), array.memory_format(present))
         if dx.device.type != "meta":
             native.extension.pool_adjoint(
                 array.DTYPES[dx.dtype],

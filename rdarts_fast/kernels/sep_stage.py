@@ -244,23 +244,25 @@ class _SepStage(Function):
     @staticmethod
     def backward(ctx: Any, *g: Tensor) -> Any:
         scale, shift, *tensors = ctx.saved_tensors
-        count = len(g)
+        count, needs = len(g), ctx.needs_input_grad[1:]
         x, depthwise, pointwise = (tensors[i * count : (i + 1) * count] for i in range(3))
         operands = Operands(x, depthwise, pointwise, ctx.geometry, scale, shift)
         if torch.is_grad_enabled():  # create_graph: derivatives that have their own
-            needs = ctx.needs_input_grad[1:]
-            given = (scale, shift, *tensors)
-            inputs = [t for t, need in zip(given, needs, strict=True) if need]
+            pairs = zip((scale, shift, *tensors), needs, strict=True)
+            inputs = [t for t, need in pairs if need]
             twin = sep_stage_twin(operands)
             found = iter(torch.autograd.grad(twin, inputs, g, create_graph=True))
             return None, *(next(found) if need else None for need in needs)
         if x[0].device.type == "meta":
             return None, scale, shift, *tensors
-        dv = [array.empty(tensor, tuple(tensor.shape), torch.channels_last) for tensor in x]
-        _, dweights = launch_sep_stage_backward(
-            operands, g, g, Affine(), dv, [False] * count, wants_sums=False, wants_weights=True
-        )
-        if scale is None:
+        of_x, of_weights = any(needs[: 2 + count]), any(needs[2 + count :])
+        dv: list[Any] = [None] * count
+        if of_x:
+            dv = [array.empty(tensor, tensor.shape, torch.channels_last) for tensor in x]
+        adds, wants = [False] * count, {"wants_sums": False, "wants_weights": of_weights}
+        _, given = launch_sep_stage_backward(operands, g, g, Affine(), dv, adds, **wants)
+        dweights: Sequence[Any] = given if of_weights else [None] * 2 * count
+        if scale is None or not of_x:
             return None, None, None, *dv, *dweights
         rows = [node_sum_dq(one, [tensor]) for one, tensor in zip(dv, x, strict=True)]
         dscale, dshift = (torch.cat([row[i] for row in rows]) for i in (0, 1))
