@@ -27,10 +27,13 @@ from rdarts_fast.errors import UserError, exit_on_user_error, unknown
 from rdarts_fast.kernels import (
     channel_affine,
     channel_sums,
+    mixing,
     node_sum,
     node_sum_dq,
     node_sum_dz,
     normalized_sum,
+    pools,
+    sep_stage,
 )
 from rdarts_fast.kernels.channel_sums import channel_affine_twin, channel_sums_twin
 from rdarts_fast.kernels.node_sum import node_sum_dq_twin, node_sum_dz_twin, node_sum_twin
@@ -38,6 +41,7 @@ from rdarts_fast.training import select_device
 
 BENCH = "kernels"
 CANDIDATES = 10
+EDGES = 4  # that leave a state
 SHAPES = {"C16 32x32": (16, 32), "C64 8x8": (64, 8)}
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 # Times the batch: 168 MB of candidates. Not more, since from 32 MiB a tensor on malloc gives each
@@ -56,6 +60,8 @@ class Inputs:
     shift: Tensor  # [K, C]
     weights: Tensor  # [K]
     pivot: Tensor  # [K, C], no gradient
+    depthwise: list[Tensor]  # K of [C, 1, 3, 3]
+    pointwise: list[Tensor]  # K of [C, C, 1, 1]
 
     @classmethod
     def draw(cls, setup: Setup) -> Inputs:
@@ -77,6 +83,8 @@ class Inputs:
             normal(k, c),
             normal(k).softmax(0),
             normal(k, c),
+            [normal(c, 1, 3, 3) for _ in range(k)],
+            [normal(c, c, 1, 1) for _ in range(k)],
         )
         for tensor in inputs.differentiable:
             tensor.requires_grad_()
@@ -84,7 +92,8 @@ class Inputs:
 
     @property
     def differentiable(self) -> list[Tensor]:
-        return [*self.z, self.g, self.scale, self.shift, self.weights]
+        weights = [*self.depthwise, *self.pointwise]
+        return [*self.z, self.g, self.scale, self.shift, self.weights, *weights]
 
 
 Outputs = Sequence[Tensor]
@@ -105,6 +114,31 @@ def _batch_norms(x: Inputs) -> Outputs:
     norms = (F.batch_norm(z, None, None, training=True) for z in x.z)
     terms = [w * z for w, z in zip(x.weights, norms, strict=True)]
     return [sum(terms[1:], terms[0])]
+
+
+def _pooled_nodes(x: Inputs) -> Outputs:
+    max_pool, avg_pool = pools(x.z[0])
+    values, sums = [max_pool.value, avg_pool.value], [max_pool.sums, avg_pool.sums]
+    pairs = x.weights.split(2)[:EDGES]
+    return [normalized_sum(values, pair, sums=sums) for pair in pairs]
+
+
+def _pools_on_each_edge(x: Inputs) -> Outputs:
+    nodes = []
+    for a, b in x.weights.split(2)[:EDGES]:
+        most, mean = F.max_pool2d(x.z[0], 3, 1, 1), _mean(x.z[0])
+        norms = [F.batch_norm(z, None, None, training=True) for z in (most, mean)]
+        nodes.append(a * norms[0] + b * norms[1])
+    return nodes
+
+
+def _mean(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
+def _convolutions(x: Inputs) -> Outputs:
+    triples = zip(x.z, x.depthwise, x.pointwise, strict=True)
+    return [F.conv2d(F.conv2d(z.relu(), d, padding=1, groups=z.shape[1]), p) for z, d, p in triples]
 
 
 KERNELS: Mapping[str, Kernel] = {
@@ -135,6 +169,12 @@ KERNELS: Mapping[str, Kernel] = {
         lambda x: [normalized_sum(x.z, x.weights)],
         _batch_norms,
         lambda k: 2 * k + 1,
+    ),
+    "pools": Kernel(_pooled_nodes, _pools_on_each_edge),  # max and avg on all edges from a state
+    "sep_stage": Kernel(lambda x: sep_stage(x.z, x.depthwise, x.pointwise), _convolutions),
+    "mixing": Kernel(
+        lambda x: mixing(x.z[:1], [[p] for p in x.pointwise]),
+        lambda x: [F.conv2d(x.z[0].relu(), p) for p in x.pointwise],
     ),
 }
 
