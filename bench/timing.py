@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -141,9 +142,15 @@ def fresh_process(target: Callable[..., None], *arguments: Any) -> Iterator[Conn
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(target, theirs, *arguments))
+    # The process inherits the mask: Ctrl-C is for this one alone, which then kills it. And none
+    # comes between its start and the try. Python's tracker of resources, which the first start
+    # starts too, lets SIGINT through again: it comes before.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     process.start()
     theirs.close()
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield ours
         process.join(10.0)  # all is received: it may end by itself
     finally:
