@@ -127,6 +127,7 @@ PYBIND11_MODULE(_rdarts_fast, module) {
   define("philox_bits", &philox_bits_at, "Fill int64 [count] with words of 32 bits.");
   define("philox_uniform", &philox_uniform_at, "Fill float32 [count], uniform in [0, 1).");
   define("philox_normal", &philox_normal_at, "Fill float32 [count], standard normal.");
+  define_cells(module);
   define_kernels(module);
   define_memory(module);
   define_pools(module);

@@ -6,14 +6,26 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <vector>
 
 #include "dispatch.h"
 #include "launchers.h"
 
+// Calls the launcher of that name on the side and the unit that `place` names.
+#define RDARTS_LAUNCH(NAME, ...)                                                     \
+  do {                                                                               \
+    if (place.device >= 0) {                                                         \
+      if constexpr (kCuda) cuda::NAME(arguments, place);                             \
+    } else {                                                                         \
+      on_unit(place.unit, [&](auto unit) { NAME<decltype(unit)::value>(__VA_ARGS__); }); \
+    }                                                                                \
+  } while (false)
+
 namespace rdarts {
 
+void define_cells(pybind11::module_& module);
 void define_kernels(pybind11::module_& module);
 void define_memory(pybind11::module_& module);
 void define_pools(pybind11::module_& module);
@@ -45,20 +57,40 @@ inline std::vector<Array> arrays_of(int dtype, const Shape& shape, const Numbers
   return arrays;
 }
 
+using Seeds = std::optional<std::vector<uint64_t>>;
+
+// seed, step, branch and pass, addresses of weights and factors, then the sites.
+inline Drawn drawn_of(const Seeds& noise) {
+  Drawn drawn = {};
+  if (!noise) return drawn;
+  const std::vector<uint64_t>& n = *noise;
+  if (n.size() < 5 || n.size() > 5 + kMostInputs) {
+    throw std::invalid_argument("noise: expected 5 numbers and at most 64 sites");
+  }
+  drawn.start = {static_cast<uint32_t>(n[0]), static_cast<uint32_t>(n[0] >> 32), 0, 0,
+                 static_cast<uint32_t>(n[1]), static_cast<uint32_t>(n[2])};
+  drawn.weights = pointer(n[3]);
+  drawn.factors = pointer(n[4]);
+  drawn.count = static_cast<int>(n.size() - 5);
+  for (int j = 0; j < drawn.count; ++j) drawn.sites[j] = static_cast<uint32_t>(n[5 + j]);
+  return drawn;
+}
+
 inline void check_cpu_dtype(DType dtype, const Place& place) {
   if (place.device < 0 && dtype == DType::kBFloat16) {
     throw std::invalid_argument("dtype: expected float32 or float64 on the CPU, got bfloat16");
   }
 }
 
-}  // namespace rdarts
+// The launchers that several files call.
+inline void run(const NodeSum& arguments, const Place& place) {
+  RDARTS_LAUNCH(node_sum, arguments, place.threads);
+}
+inline void run(const NodeSumDq& arguments, const Place& place) {
+  RDARTS_LAUNCH(node_sum_dq, arguments, place.threads);
+}
+inline void run(const Normalization& arguments, const Place& place) {
+  RDARTS_LAUNCH(normalize, arguments);
+}
 
-// Calls the launcher of that name on the side and the unit that `place` names.
-#define RDARTS_LAUNCH(NAME, ...)                                                     \
-  do {                                                                               \
-    if (place.device >= 0) {                                                         \
-      if constexpr (kCuda) cuda::NAME(arguments, place);                             \
-    } else {                                                                         \
-      on_unit(place.unit, [&](auto unit) { NAME<decltype(unit)::value>(__VA_ARGS__); }); \
-    }                                                                                \
-  } while (false)
+}  // namespace rdarts

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -17,39 +16,11 @@ namespace py = pybind11;
 namespace rdarts {
 namespace {
 
-using Seeds = std::optional<std::vector<uint64_t>>;
-
-// seed, step, branch and pass, addresses of weights and factors, then the sites.
-Drawn drawn_of(const Seeds& noise) {
-  Drawn drawn = {};
-  if (!noise) return drawn;
-  const std::vector<uint64_t>& n = *noise;
-  if (n.size() < 5 || n.size() > 5 + kMostInputs) {
-    throw std::invalid_argument("noise: expected 5 numbers and at most 64 sites");
-  }
-  drawn.start = {static_cast<uint32_t>(n[0]), static_cast<uint32_t>(n[0] >> 32), 0, 0,
-                 static_cast<uint32_t>(n[1]), static_cast<uint32_t>(n[2])};
-  drawn.weights = pointer(n[3]);
-  drawn.factors = pointer(n[4]);
-  drawn.count = static_cast<int>(n.size() - 5);
-  for (int j = 0; j < drawn.count; ++j) drawn.sites[j] = static_cast<uint32_t>(n[5 + j]);
-  return drawn;
-}
-
-void run(const NodeSum& arguments, const Place& place) {
-  RDARTS_LAUNCH(node_sum, arguments, place.threads);
-}
 void run(const Affine& arguments, const Place& place) {
   RDARTS_LAUNCH(affine, arguments, place.threads);
 }
 void run(const ChannelSums& arguments, const Place& place) {
   RDARTS_LAUNCH(channel_sums, arguments, place.threads);
-}
-void run(const NodeSumDq& arguments, const Place& place) {
-  RDARTS_LAUNCH(node_sum_dq, arguments, place.threads);
-}
-void run(const Normalization& arguments, const Place& place) {
-  RDARTS_LAUNCH(normalize, arguments);
 }
 void run(const NormalizationBackward& arguments, const Place& place) {
   RDARTS_LAUNCH(normalize_backward, arguments);

@@ -95,7 +95,7 @@ def test_a_cell_is_the_weighted_sum_over_edges_and_candidates() -> None:
             skip, sep = states[source], cell.edges[e].operations[2](states[source])
             total = total + weights[e, 1] * skip + weights[e, 2] * sep  # none adds nothing
         states.append(total)
-    got = cell(s0, s1, weights, DRAWS, 0.0)
+    (got,) = cell([s0], [s1], weights, DRAWS, 0.0)
     torch.testing.assert_close(got, torch.cat(states[2:], 1), rtol=1e-12, atol=1e-12)
 
 
@@ -117,10 +117,12 @@ def test_drop_path_drops_whole_edges_per_sample_in_train_mode_only() -> None:
     factors = (DRAWS.uniform(2000, (2, 64)) < 0.6).double() / 0.6
     assert 0 < (factors == 0).sum() < 128
     expected = sum(f.view(-1, 1, 1, 1) * e for f, e in zip(factors, edges, strict=True))
-    torch.testing.assert_close(cell(s0, s1, weights, DRAWS, 0.4), expected, rtol=1e-6, atol=1e-6)
+    (got,) = cell([s0], [s1], weights, DRAWS, 0.4)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
     cell.eval()
     whole = cell.preprocess0(s0) + cell.preprocess1(s1)
-    torch.testing.assert_close(cell(s0, s1, weights, DRAWS, 0.4), whole, rtol=1e-12, atol=1e-12)
+    (got,) = cell([s0], [s1], weights, DRAWS, 0.4)
+    torch.testing.assert_close(got, whole, rtol=1e-12, atol=1e-12)
 
 
 def test_drop_path_of_a_network_spares_identities() -> None:

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cell.h"
 #include "mixing.h"
 #include "node_sum.h"
 #include "philox.h"
@@ -38,6 +39,14 @@ void normalize(const Normalization& arguments);
 template <Unit unit>
 void normalize_backward(const NormalizationBackward& arguments);
 
+// cell.h
+template <Unit unit>
+void term_coefficients(const TermCoefficients& arguments);
+template <Unit unit>
+void term_gradients(const TermGradients& arguments);
+template <Unit unit>
+void row_gradients(const RowGradients& arguments);
+
 // stage.h and mixing.h
 template <Unit unit>
 void mixing(const MixingForward& arguments, int threads);
@@ -47,6 +56,7 @@ template <Unit unit>
 void sep_stage(const StageForward& arguments, int threads);
 template <Unit unit>
 void sep_stage_backward(const StageBackward& arguments, int threads);
+
 // pool.h says what they compute; float32 and float64.
 template <Unit unit>
 void pool(const Pool& arguments, int threads);
@@ -69,6 +79,9 @@ void channel_sums(const ChannelSums& arguments, const Place& place);
 void node_sum_dq(const NodeSumDq& arguments, const Place& place);
 void normalize(const Normalization& arguments, const Place& place);
 void normalize_backward(const NormalizationBackward& arguments, const Place& place);
+void term_coefficients(const TermCoefficients& arguments, const Place& place);
+void term_gradients(const TermGradients& arguments, const Place& place);
+void row_gradients(const RowGradients& arguments, const Place& place);
 void pool(const Pool& arguments, const Place& place);
 void pool_tangent(const Pool& arguments, const Place& place);
 void pool_adjoint(const PoolAdjoint& arguments, const Place& place);

@@ -79,7 +79,7 @@ struct Normalization {
   int64_t apart[kMostInputs];       // from one of the three to the next
   void* running_mean[kMostInputs];  // [C] or null
   void* running_var[kMostInputs];
-  const void* weights;  // [K]
+  const void* weights;  // [K]; null for ones
   double* mean;         // [K, C] each
   double* rstd;
   void* scale;

@@ -12,7 +12,7 @@ namespace rdarts {
 template <typename T>
 RDARTS_BODY void normalize_channel(const Normalization& a, int k, int64_t c) {
   const int64_t i = k * a.channels + c;
-  const double weight = static_cast<const T*>(a.weights)[k];
+  const double weight = a.weights ? static_cast<const T*>(a.weights)[k] : T(1);
   double mean = 0, rstd = 1;
   if (a.normalised >> k & 1) {
     T* const running_mean = static_cast<T*>(a.running_mean[k]);

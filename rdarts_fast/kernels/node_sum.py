@@ -227,6 +227,7 @@ def launch_node_sum(
     weights: Tensor | None,
     drawn_factors: Tensor | None,
     z: Sequence[Tensor],
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return node_sum(...), not differentiable."""
     if z[0].device.type == "meta":
@@ -235,7 +236,7 @@ def launch_node_sum(
     shift, factors, weights, drawn_factors = map(
         array.contiguous, (shift, factors, weights, drawn_factors)
     )
-    out = array.empty_node(z)
+    out = array.empty_node(z) if out is None else out
     native.extension.node_sum(
         array.DTYPES[out.dtype],
         tuple(out.shape),

@@ -89,30 +89,55 @@ def _by_kind(kinds: Kinds, tensors: Sequence[Optional]) -> tuple[Optional, Optio
     return found.get("max"), found.get("avg")
 
 
+def launch_pools(x: Tensor, stride: int, kinds: Kinds) -> tuple[list[Tensor], Optional, Tensor]:
+    """Return the pools, where the maxima lie (uint8; None without "max") and the sums, [3, K, C].
+
+    kinds: K of KINDS, in their order.
+    """
+    values = [_empty(x, stride, x.dtype) for _ in kinds]
+    place = _empty(x, stride, torch.uint8) if "max" in kinds else None
+    shape, c, k = tuple(x.shape), x.shape[1], len(kinds)
+    if x.device.type == "meta" or shape[0] == 0:
+        return values, place, torch.zeros(3, k, c, dtype=torch.float64, device=x.device)
+    where = native.place(x.device)
+    space = native.extension.workspace(_pooled_shape(x, stride), k, 0, where)
+    buffer = torch.empty(3 * k * c + space, dtype=torch.float64, device=x.device)
+    native.extension.pool(
+        array.DTYPES[x.dtype],
+        shape,
+        stride,
+        array.flat((x, *_by_kind(kinds, values), place)),
+        buffer.data_ptr(),
+        where,
+    )
+    return values, place, buffer[: 3 * k * c].view(3, k, c)
+
+
+def launch_pool_adjoint(
+    g: Sequence[Optional], stride: int, kinds: Kinds, size: Sequence[int], place: Optional
+) -> Tensor:
+    """Return the gradient [N, C, H, W] of what was pooled; size: H and W. Not every g is None."""
+    present = [gradient for gradient in g if gradient is not None]
+    like = present[0]
+    dx = array.empty(like, (*like.shape[:2], *size), array.memory_format(present))
+    if dx.device.type != "meta":
+        native.extension.pool_adjoint(
+            array.DTYPES[dx.dtype],
+            tuple(dx.shape),
+            stride,
+            array.flat((dx, *_by_kind(kinds, g), place)),
+            native.place(dx.device),
+        )
+    return dx
+
+
 class _Pools(Function):
     @staticmethod
     def forward(ctx: Any, stride: int, kinds: Kinds, x: Tensor) -> tuple[Tensor, ...]:
         ctx.stride, ctx.kinds, ctx.size = stride, kinds, x.shape[2:]
         ctx.set_materialize_grads(False)
-        values = [_empty(x, stride, x.dtype) for _ in kinds]
-        place = _empty(x, stride, torch.uint8) if "max" in kinds else None
+        values, place, sums = launch_pools(x, stride, kinds)
         ctx.save_for_backward(place)
-        shape, c, k = tuple(x.shape), x.shape[1], len(kinds)
-        if x.device.type == "meta" or shape[0] == 0:
-            sums = torch.zeros(3, k, c, dtype=torch.float64, device=x.device)
-        else:
-            where = native.place(x.device)
-            space = native.extension.workspace(_pooled_shape(x, stride), k, 0, where)
-            buffer = torch.empty(3 * k * c + space, dtype=torch.float64, device=x.device)
-            native.extension.pool(
-                array.DTYPES[x.dtype],
-                shape,
-                stride,
-                array.flat((x, *_by_kind(kinds, values), place)),
-                buffer.data_ptr(),
-                where,
-            )
-            sums = buffer[: 3 * k * c].view(3, k, c)
         ctx.mark_non_differentiable(sums)
         return *values, sums
 
@@ -131,18 +156,7 @@ class _PoolAdjoint(Function):
     ) -> Tensor:
         ctx.stride, ctx.kinds = stride, kinds
         ctx.save_for_backward(place)
-        present = [gradient for gradient in g if gradient is not None]
-        like = present[0]
-        dx = array.empty(like, (*like.shape[:2], *size), array.memory_format(present))
-        if dx.device.type != "meta":
-            native.extension.pool_adjoint(
-                array.DTYPES[dx.dtype],
-                tuple(dx.shape),
-                stride,
-                array.flat((dx, *_by_kind(kinds, g), place)),
-                native.place(dx.device),
-            )
-        return dx
+        return launch_pool_adjoint(g, stride, kinds, size, place)
 
     @staticmethod
     def backward(ctx: Any, h: Tensor) -> Any:

@@ -1,151 +1,107 @@
-"""A cell of the supernet on kernels: the modules, parameters and buffers of the reference.
+"""A cell of the supernet on kernels: one autograd function, each tensor written once.
 
-A node is one `normalized_sum` over the candidates of all edges into it: the batch norm that a
-candidate ends with is folded into the sum, noise is drawn inside it, `none` costs nothing. What
-reads a state without weights (its ReLU, its pools) is computed once per state and stride, however
-many edges leave it. An operation that this file does not know runs as its module.
+cell_forward.py and cell_backward.py are its two passes, plan.py says what they launch. What is
+differentiated twice is computed anew by composed.py, whose parts have derivatives of every order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
+from rdarts_fast.bilevel import unchanged
 from rdarts_fast.draws import Draws
-from rdarts_fast.kernels import Noise, Pooled, normalized_sum, pools
-from rdarts_fast.networks import operations
-from rdarts_fast.networks.operations import FactorizedReduce, Zero
+from rdarts_fast.kernels import channel_affine, normalized_sum
+from rdarts_fast.kernels.array import check_coefficients, check_inputs
+from rdarts_fast.networks.cell_backward import CellBackward
+from rdarts_fast.networks.cell_forward import CellForward, Setting
+from rdarts_fast.networks.composed import composed_cell
 
-Norm = nn.BatchNorm2d | None
 
+def fused_cell(
+    cell: Any,
+    inputs: Sequence[Sequence[Tensor]],
+    weights: Tensor,
+    draws: Draws,
+    factors: Tensor | None,
+) -> list[Tensor]:
+    """Return the nodes of a cell, [N, C, H, W] each, channels innermost.
 
-class State:
-    """A state of a cell, [N, C, H, W], and what its edges share.
-
-    operations: all candidates on the edges that leave it.
+    cell: a SearchCell whose plan is whole. inputs: the two, each as the tensors whose channels make
+    it up, all of one size. weights: [E, O]. factors: drop path's, [E, N] or None. Raises TypeError
+    and ValueError.
     """
-
-    def __init__(self, value: Tensor, operations: Sequence[nn.Module] = ()) -> None:
-        self.value = value
-        self._pools = {pool for pool in map(pool_of, operations) if pool is not None}
-        self._shared: dict[object, Any] = {}
-
-    def once(self, key: object, compute: Callable[[Tensor], Any]) -> Any:
-        """Return compute(value), computed at its first use."""
-        if key not in self._shared:
-            self._shared[key] = compute(self.value)
-        return self._shared[key]
-
-    def pool(self, kind: str, stride: int) -> Pooled:
-        """Return that pool; all kinds of a stride are computed in one pass."""
-        kinds = sorted({k for k, s in self._pools if s == stride} | {kind})
-        found = self.once(stride, lambda x: dict(zip(kinds, pools(x, stride, kinds), strict=True)))
-        pooled: Pooled = found[kind]
-        return pooled
-
-    @property
-    def relu(self) -> Tensor:
-        """ReLU of the state."""
-        relu: Tensor = self.once("relu", F.relu)
-        return relu
-
-
-def pool_of(operation: nn.Module) -> tuple[str, int] | None:
-    """Return kind and stride where `operation` begins with a pool that has a kernel."""
-    pool = operation[0] if isinstance(operation, nn.Sequential) and operation else operation
-    if type(pool) is nn.MaxPool2d:
-        own = (pool.kernel_size, pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
-        kind, plain = "max", own == (3, 1, 1, False, False)
-    elif type(pool) is nn.AvgPool2d:
-        counts = (pool.ceil_mode, pool.count_include_pad, pool.divisor_override)
-        kind = "avg"
-        plain = (pool.kernel_size, pool.padding, *counts) == (3, 1, False, False, None)
-    else:
-        return None
-    return (kind, int(pool.stride)) if plain and pool.stride in (1, 2) else None
-
-
-def before_norm(operation: nn.Module, state: State) -> tuple[Tensor, Norm, Tensor | None]:
-    """Return what `operation` gives its last batch norm, and that; its result and None without.
-    Third come the channel sums of the former, where they are known.
-    """
-    if isinstance(operation, nn.Identity):
-        return state.value, None, None
-    if isinstance(operation, FactorizedReduce):
-        return operation.convolve(state.relu), operation.bn, None
-    parts = list(operation) if isinstance(operation, nn.Sequential) else [operation]
-    norm: Norm = None
-    if isinstance(parts[-1], nn.BatchNorm2d):
-        norm = parts[-1]
-        parts = parts[:-1]
-    pool = pool_of(operation)
-    if pool is not None and len(parts) == 1:
-        return state.pool(*pool).value, norm, state.pool(*pool).sums
-    x = state.value
-    for i, part in enumerate(parts):
-        x = state.relu if i == 0 and isinstance(part, nn.ReLU) else part(x)
-    return x, norm, None
-
-
-@dataclass
-class Node:
-    """The terms of a node's sum."""
-
-    z: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    norms: list[Norm] = field(default_factory=list)
-    channel_sums: list[Tensor | None] = field(default_factory=list)
-    edges: list[int] = field(default_factory=list)
-    sites: list[int] = field(default_factory=list)
-    noise_weights: list[Tensor] = field(default_factory=list)
-    noise_edges: list[int] = field(default_factory=list)
-
-    def add(self, operation: nn.Module, state: State, weight: Tensor, edge: int) -> None:
-        """Add a candidate of an edge under its weight (a scalar)."""
-        if isinstance(operation, Zero):
-            return
-        if isinstance(operation, operations.Noise):
-            self.sites.append(operation.site)
-            self.noise_weights.append(weight)
-            self.noise_edges.append(edge)
-            return
-        z, norm, sums = before_norm(operation, state)
-        self.z.append(z)
-        self.norms.append(norm)
-        self.channel_sums.append(sums)
-        self.weights.append(weight)
-        self.edges.append(edge)
-
-    def sum(self, like: Tensor, draws: Draws, factors: Tensor | None, training: bool) -> Tensor:
-        """Return the node, shaped and laid out as `like`; factors [E, N] are drop path's."""
-        noise = None
-        if self.sites:
-            rows = None if factors is None else factors[self.noise_edges]
-            noise = Noise(draws, self.sites, torch.stack(self.noise_weights), rows)
-        if not self.z:  # nothing but zeros and noise
-            self.z, self.norms, self.channel_sums = [torch.zeros_like(like)], [None], [None]
-            self.weights, self.edges = [like.new_zeros(())], [0]
-        for norm in self.norms:
-            if norm is not None and training and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-        return normalized_sum(
-            self.z,
-            torch.stack(self.weights),
-            [norm is not None for norm in self.norms],
-            [_running(norm) for norm in self.norms],
-            None if factors is None else factors[self.edges],
-            noise,
-            sums=self.channel_sums,
-            training=training,
+    for i, tensors in enumerate(inputs):
+        check_inputs(tensors, f"inputs[{i}]")
+    check_coefficients(weights, "weights", "[E, O]", tuple(weights.shape), inputs[0][0])
+    plan = cell.plan()
+    n, _, h, w = inputs[1][0].shape
+    stride = plan.sources[0].stride
+    if cell.training and n * -(-h // stride) * -(-w // stride) < 2:
+        raise ValueError(
+            f"batch statistics need 2 values a channel or more, got inputs of shape {(n, _, h, w)}"
         )
+    counts = [len(tensors) for tensors in inputs]
+    setting = Setting(cell, plan, draws, factors, counts, torch.is_grad_enabled())
+    return list(_Cell.apply(setting, weights, *inputs[0], *inputs[1], *plan.parameters()))
 
 
-def _running(norm: Norm) -> tuple[Tensor, Tensor] | None:
-    if norm is None or norm.running_mean is None or norm.running_var is None:
-        return None
-    return norm.running_mean, norm.running_var
+def fused_stem(stem: nn.Module, images: Tensor) -> Tensor:
+    """Return stem(images), channels innermost.
+
+    torch's batch norm of such images adds in float32: four times the error in the logits.
+    """
+    convolution, norm = stem.children()
+    assert isinstance(norm, nn.BatchNorm2d) and isinstance(norm.running_mean, Tensor)
+    assert norm.running_var is not None and norm.momentum is not None
+    z = convolution(images.contiguous(memory_format=torch.channels_last))
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    normalised = normalized_sum(
+        [z],
+        torch.ones(1, dtype=norm.weight.dtype, device=images.device),
+        running=[(norm.running_mean, norm.running_var)],
+        eps=norm.eps,
+        momentum=norm.momentum,
+        training=norm.training,
+    )
+    return channel_affine([normalised], norm.weight[None], norm.bias[None])[0]
+
+
+class _Cell(Function):
+    @staticmethod
+    def forward(ctx: Any, setting: Setting, weights: Tensor, *tensors: Tensor) -> Any:
+        ctx.setting = setting
+        run = CellForward(setting, weights.contiguous(), tensors)
+        nodes = run.compute()
+        ctx.kept, taken = run.kept.taken()
+        ctx.save_for_backward(weights, *tensors, *taken)
+        return tuple(nodes)
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Any:
+        setting, needs = ctx.setting, ctx.needs_input_grad[1:]
+        weights, *rest = ctx.saved_tensors
+        tensors, taken = rest[: len(needs) - 1], rest[len(needs) - 1 :]
+        if torch.is_grad_enabled():  # create_graph: derivatives that have their own
+            return None, *_recorded_backward(setting, [weights, *tensors], needs, g)
+        kept = ctx.kept.restored(taken)
+        return None, *CellBackward(setting, weights.contiguous(), tensors, kept, needs).compute(g)
+
+
+def _recorded_backward(
+    setting: Setting, tensors: Sequence[Tensor], needs: Sequence[bool], g: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Return the gradients as functions that can be differentiated again; tensors: weights, inputs
+    and parameters.
+    """
+    inputs, _ = setting.split(tensors[1:])
+    with unchanged(list(setting.cell.buffers())):
+        nodes = composed_cell(setting.cell, inputs, tensors[0], setting.draws, setting.factors)
+    wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(nodes, wanted, g, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]

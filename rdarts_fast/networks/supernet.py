@@ -7,14 +7,15 @@ section 2.2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from rdarts_fast.draws import SITE_ALPHAS, SITE_NETWORK, Draws
 from rdarts_fast.errors import unknown
-from rdarts_fast.networks.fused import Node, State
+from rdarts_fast.networks.composed import composed_cell, joined
+from rdarts_fast.networks.fused import fused_cell, fused_stem
 from rdarts_fast.networks.operations import (
     Noise,
     apply,
@@ -23,6 +24,7 @@ from rdarts_fast.networks.operations import (
     preprocess,
     stem,
 )
+from rdarts_fast.networks.plan import Plan
 from rdarts_fast.spaces import CELL_TYPES, INPUTS, Space, edges_into, load_space
 
 BACKENDS = ("reference", "fused")
@@ -32,6 +34,7 @@ SITES_PER_EDGE = 16
 ALPHA_SCALE = 1e-3
 
 Weights = Mapping[str, Tensor]  # cell type -> [E, O]
+States = Sequence[Tensor]
 
 
 def softmax_weights(alphas: Weights) -> dict[str, Tensor]:
@@ -83,22 +86,41 @@ class SearchCell(nn.Module):
         self.preprocess0 = preprocess(inputs[0], channels, shrunk, affine=False)
         self.preprocess1 = preprocess(inputs[1], channels, False, affine=False)
         self.edges = nn.ModuleList()
+        self.strides: list[int] = []
         for node in range(space.nodes):
             for source, e in enumerate(edges_into(node)):
                 stride = 2 if kind == "reduce" and source < INPUTS else 1
                 names = space.cells[kind][e]
                 first = site + 1 + e * SITES_PER_EDGE
                 self.edges.append(MixedOp(names, channels, stride, first))
+                self.strides.append(stride)
+
+        self.targets = [node + INPUTS for node in range(space.nodes) for _ in edges_into(node)]
+        self._plan: Plan | None = None  # of the modules, made at the first forward pass
 
     def forward(
-        self, s0: Tensor, s1: Tensor, weights: Tensor, draws: Draws, drop_path: float
-    ) -> Tensor:  # weights: [E, O]
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        self, s0: States, s1: States, weights: Tensor, draws: Draws, drop_path: float
+    ) -> list[Tensor]:
+        """Return the tensors whose channels make up the cell's output.
+
+        s0, s1: likewise of the cell before the last and of the last. weights: [E, O].
+        """
         factors = None
         if drop_path > 0.0 and self.training:
-            factors = drop_path_factors(draws, self.site, len(self.edges), s0, drop_path)  # [E, N]
-        if self.fused:
-            return self._fused(states, weights, draws, factors)
+            like = s0[0]
+            factors = drop_path_factors(
+                draws, self.site, len(self.edges), like, drop_path
+            )  # [E, N]
+        if not self.fused:
+            return [self._reference(joined(s0), joined(s1), weights, draws, factors)]
+        whole = self.plan().whole and s0[0].device.type != "meta"
+        compute = fused_cell if whole else composed_cell
+        return compute(self, (s0, s1), weights, draws, factors)
+
+    def _reference(
+        self, s0: Tensor, s1: Tensor, weights: Tensor, draws: Draws, factors: Tensor | None
+    ) -> Tensor:
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
         for node in range(self.nodes):
             terms = []
             for source, e in enumerate(edges_into(node)):
@@ -107,24 +129,16 @@ class SearchCell(nn.Module):
             states.append(sum(terms[1:], terms[0]))
         return torch.cat(states[INPUTS:], dim=1)
 
-    def _fused(
-        self, inputs: list[Tensor], weights: Tensor, draws: Draws, factors: Tensor | None
-    ) -> Tensor:
-        states = [State(x, self._leaving(source)) for source, x in enumerate(inputs)]
-        rows = [row.unbind() for row in weights.unbind()]  # one node of the graph, not E x O
-        like = inputs[0][:, :, ::2, ::2] if self.kind == "reduce" else inputs[0]
-        for node in range(self.nodes):
-            terms = Node()
-            for source, e in enumerate(edges_into(node)):
-                edge = self.edges[e]
-                assert isinstance(edge, MixedOp)
-                for weight, operation in zip(rows[e], edge.operations, strict=True):
-                    terms.add(operation, states[source], weight, e)
-            value = terms.sum(like, draws, factors, self.training)
-            states.append(State(value, self._leaving(len(states))))
-        return torch.cat([state.value for state in states[INPUTS:]], dim=1)
+    def plan(self) -> Plan:
+        """Return what the kernels compute of this cell."""
+        if self._plan is None:
+            edges = [edge for edge in self.edges if isinstance(edge, MixedOp)]
+            operations = [list(edge.operations) for edge in edges]
+            preprocessing = (self.preprocess0, self.preprocess1)
+            self._plan = Plan(self.nodes, preprocessing, operations, self.strides)
+        return self._plan
 
-    def _leaving(self, source: int) -> list[nn.Module]:
+    def leaving(self, source: int) -> list[nn.Module]:
         """Return all operations on the edges that leave a state."""
         operations: list[nn.Module] = []
         for node in range(max(0, source - INPUTS + 1), self.nodes):  # those that may read it
@@ -185,11 +199,12 @@ class Supernet(nn.Module):
         self._check_weights(weights)
         if draws is None:
             draws = Draws(seed=int(torch.randint(2**62, ())))
-        s0 = s1 = self.stem(images)
+        s0 = s1 = [fused_stem(self.stem, images) if self.backend == "fused" else self.stem(images)]
         for cell in self.cells:
             assert isinstance(cell, SearchCell)
             s0, s1 = s1, cell(s0, s1, weights[cell.kind], draws, self.drop_path_prob)
-        logits: Tensor = self.classifier(s1.mean(dim=(2, 3)))
+        means = torch.cat([x.mean(dim=(2, 3)) for x in s1], dim=1)
+        logits: Tensor = self.classifier(means)
         return logits
 
     def _check_weights(self, weights: Weights) -> None:

@@ -1,0 +1,198 @@
+"""The batch norms of a cell in one table, and the sums that read it.
+
+A row stands for one tensor z of [N, C, H, W] that a node sums or a further stage reads: its mean
+and rstd per channel, and in the backward what its gradient is made of,
+
+    dz = by_g[row, c] * f g + by_z[row, c] * z + constant[row, c]
+
+with g the gradient of what z enters. Whoever forms dz does so as it reads z (`Affine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdarts_fast import native
+from rdarts_fast.kernels import array
+from rdarts_fast.kernels.node_sum import Key, native_noise
+from rdarts_fast.kernels.sep_stage import Affine
+
+Running = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms of a node: out = sum_k weights[weight[k]] * factors[k, n] * (z_k - mean) * rstd.
+
+    rows: K rows of the table. weights: K indices into the flattened weights. normalised: K flags;
+    where False, mean is 0 and rstd 1.
+    """
+
+    rows: Sequence[int]
+    weights: Sequence[int]
+    normalised: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A node's noise: its key, the weights [J] and factors [J, N] or None, and the J indices of the
+    former into the flattened weights.
+    """
+
+    key: Key
+    weights: Tensor
+    factors: Tensor | None
+    indices: Sequence[int]
+
+    def native(self, backward: bool) -> Any:
+        """Return what the native functions take."""
+        return native_noise(self.key, None if backward else self.weights, self.factors)
+
+
+class NormTable:
+    """The rows of a cell whose tensors have the dtype and device of `like`.
+
+    statistics: [2, R, C] float64, mean and rstd. gradients: [3, R, C], by_g, by_z and constant, in
+    the coefficients' dtype; None until the backward.
+    """
+
+    def __init__(self, rows: int, channels: int, like: Tensor, training: bool) -> None:
+        self.dtype, self.device, self.training = like.dtype, like.device, training
+        self.statistics = torch.empty(2, rows, channels, dtype=torch.float64, device=like.device)
+        self.gradients: Tensor | None = None
+
+    @classmethod
+    def for_backward(cls, statistics: Tensor, like: Tensor, training: bool) -> NormTable:
+        """Return the table of a forward pass, with room for the gradients."""
+        table = cls(0, 0, like, training)
+        table.statistics = statistics
+        shape, dtype = (3, *statistics.shape[1:]), array.coefficient_dtype(like.dtype)
+        table.gradients = torch.empty(shape, dtype=dtype, device=like.device)
+        return table
+
+    def fill(
+        self,
+        first: int,
+        shape: Sequence[int],
+        sums: Sequence[tuple[Tensor, int]],
+        running: Sequence[Running],
+        rule: tuple[float, float],
+    ) -> Tensor:
+        """Fill G rows from `first` on and return their scales and shifts, [2, G, C].
+
+        shape: of the tensors. sums: for each of them [3, G', C] as the stages give them and its
+        place among the G'; unread in eval mode. running: their buffers. rule: eps and momentum.
+        """
+        channels = shape[1]
+        dtype = array.coefficient_dtype(self.dtype)
+        maps = torch.empty(2, len(running), channels, dtype=dtype, device=self.device)
+        native.extension.batch_norms(
+            array.DTYPES[self.dtype],
+            tuple(shape),
+            self._address(),
+            first,
+            [n for rows, g in sums for n in (rows.data_ptr() + 8 * g * channels, rows.stride(0))],
+            [buffer.data_ptr() for pair in running for buffer in pair],
+            rule,
+            maps.data_ptr(),
+            native.place(self.device),
+        )
+        return maps
+
+    def node(
+        self,
+        z: Sequence[Tensor],
+        terms: Terms,
+        weights: Tensor | None,
+        factors: Tensor | None = None,
+        drawn: Drawn | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the node, channels innermost, and what its backward needs.
+
+        weights: [E, O] or None for ones. factors: [K, N] or None.
+        """
+        shape = tuple(z[0].shape)
+        out = array.empty(z[0], shape, torch.channels_last)
+        kept = torch.empty(3, len(z), shape[1], dtype=torch.float64, device=self.device)
+        native.extension.node(
+            array.DTYPES[self.dtype],
+            shape,
+            array.flat((out, *z)),
+            self._address(),
+            (terms.rows, terms.weights, terms.normalised, array.address(weights)),
+            array.address(factors),
+            None if drawn is None else drawn.native(backward=False),
+            kept.data_ptr(),
+            native.place(self.device),
+        )
+        return out, kept[0]
+
+    def node_backward(
+        self,
+        g: Tensor,
+        z: Sequence[Tensor],
+        terms: Terms,
+        weights: Tensor | None,
+        kept: Tensor,
+        dweights: Tensor | None,
+        factors: Tensor | None = None,
+        drawn: Drawn | None = None,
+    ) -> None:
+        """Fill the terms' rows and their entries of dweights [E, O], from the gradient of the node.
+
+        kept: as `node` returned it.
+        """
+        shape, place = tuple(g.shape), native.place(self.device)
+        sites = 0 if drawn is None else len(drawn.indices)
+        size = sites + native.extension.workspace(shape, len(z), sites, place)
+        buffer = torch.empty(size, dtype=torch.float64, device=self.device)
+        native.extension.node_backward(
+            array.DTYPES[self.dtype],
+            shape,
+            array.flat((g, *z)),
+            self._address(),
+            (terms.rows, terms.weights, terms.normalised, array.address(weights)),
+            () if drawn is None else drawn.indices,
+            array.address(factors),
+            None if drawn is None else drawn.native(backward=True),
+            kept.data_ptr(),
+            array.address(dweights),
+            buffer.data_ptr(),
+            place,
+        )
+
+    def norm_backward(self, first: int, shape: Sequence[int], sums: Tensor) -> None:
+        """Fill G rows from `first` on, from the sums [2, G, C] of the gradients of their normalised
+        values and of the same times those values.
+        """
+        native.extension.norm_backward(
+            array.DTYPES[self.dtype],
+            tuple(shape),
+            self._address(),
+            first,
+            sums.shape[1],
+            sums.data_ptr(),
+            native.place(self.device),
+        )
+
+    def affine(self, first: int, count: int, factors: Tensor | None = None) -> Affine:
+        """Return the gradients of `count` rows from `first` on; factors [count, N]."""
+        by_g, by_z, constant = self.rows(first, count)
+        if not self.training:
+            return Affine(by_g, None, None, factors)
+        return Affine(by_g, by_z, constant, factors)
+
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return by_g, by_z and constant of `count` rows from `first` on, [count, C] each."""
+        assert self.gradients is not None
+        by_g, by_z, constant = self.gradients[:, first : first + count].unbind()
+        return by_g, by_z, constant
+
+    def _address(self) -> tuple[int, int, int, bool]:
+        rows = self.statistics.shape[1]
+        return self.statistics.data_ptr(), array.address(self.gradients), rows, self.training

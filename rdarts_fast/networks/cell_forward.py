@@ -1,0 +1,213 @@
+"""The forward pass of a fused cell, state by state: the convolution stages of all edges that leave
+it, its pools, and the next node as one sum of what its candidates give their last batch norms (z),
+normalised as it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rdarts_fast.draws import Draws
+from rdarts_fast.kernels.array import coefficient_dtype
+from rdarts_fast.kernels.mixing import Sources, launch_mixing
+from rdarts_fast.kernels.norm_table import Drawn, NormTable, Terms
+from rdarts_fast.kernels.pool import KINDS, launch_pools
+from rdarts_fast.kernels.sep_stage import Operands, launch_sep_stage
+from rdarts_fast.networks.plan import Plan, Reduction, Rule, Source, Stages
+from rdarts_fast.spaces import INPUTS
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a cell computes with beside tensors that have gradients."""
+
+    cell: Any  # a SearchCell
+    plan: Plan
+    draws: Draws
+    factors: Tensor | None  # [E, N], drop path's
+    counts: Sequence[int]  # tensors that make up each input
+    recorded: bool  # whether there may be a backward
+
+    def split(self, tensors: Sequence[Any]) -> tuple[list[list[Any]], list[Any]]:
+        """Return those of the two inputs, and those of the parameters."""
+        first, second = self.counts
+        inputs = [list(tensors[:first]), list(tensors[first : first + second])]
+        return inputs, list(tensors[first + second :])
+
+
+@dataclass
+class Kept:
+    """What the backward needs of the forward. Rows and states are numbered as in the plan."""
+
+    z: dict[int, Tensor] = field(default_factory=dict)  # of each row
+    states: dict[int, Tensor] = field(default_factory=dict)
+    maps: dict[int, Tensor] = field(default_factory=dict)  # first row -> scales, shifts [2, G, C]
+    places: dict[int, Tensor] = field(default_factory=dict)  # state -> where its maxima lie
+    means: dict[int, Tensor] = field(default_factory=dict)  # state -> of its terms, [K, C]
+    table: dict[int, Tensor] = field(default_factory=dict)  # 0 -> the statistics [2, R, C]
+    # row -> x and the result: of operations without kernels, whose graph it holds
+    singles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
+
+    def _parts(self) -> list[dict[int, Tensor]]:
+        return [self.z, self.states, self.maps, self.places, self.means, self.table]
+
+    def taken(self) -> tuple[Kept, list[Tensor]]:
+        """Return this without its tensors, and those, to be saved for the backward."""
+        tensors = [tensor for part in self._parts() for tensor in part.values()]
+        emptied: list[Any] = [dict.fromkeys(part) for part in self._parts()]
+        return self._with(emptied), tensors
+
+    def restored(self, tensors: Sequence[Tensor]) -> Kept:
+        """Return what was taken, from the saved tensors."""
+        rest = iter(tensors)
+        return self._with([{key: next(rest) for key in part} for part in self._parts()])
+
+    def _with(self, parts: list[dict[int, Tensor]]) -> Kept:
+        kept = Kept(*parts)
+        kept.singles = self.singles
+        return kept
+
+
+class CellPass:
+    """What both passes share: the operands, by what the plan calls them."""
+
+    def __init__(self, setting: Setting, weights: Tensor, tensors: Sequence[Tensor]) -> None:
+        self.cell, self.plan, self.weights = setting.cell, setting.plan, weights
+        self.inputs, parameters = setting.split(tensors)
+        self.parameters: list[Tensor] = [weight.contiguous() for weight in parameters]
+        self.like: Tensor = self.inputs[0][0]
+        self.draws, self.factors = setting.draws, setting.factors
+        if self.factors is not None:
+            self.factors = self.factors.to(coefficient_dtype(self.like.dtype))
+
+    def factors_of(self, edges: Sequence[int]) -> Tensor | None:
+        """Return drop path's factors of some edges, [len(edges), N]."""
+        return None if self.factors is None else self.factors[edges]
+
+    def drawn(self, node: int) -> Drawn | None:
+        """Return a node's noise."""
+        found = self.plan.nodes[node]
+        if not found.sites:
+            return None
+        weights, factors = self.weights.view(-1)[found.drawn], self.factors_of(found.drawn_edges)
+        return Drawn((self.draws, found.sites), weights, factors, found.drawn)
+
+
+def own_term(row: int) -> Terms:
+    """Return the sum of one normalised tensor, that of a row: a preprocessed input."""
+    return Terms((row,), (0,), (True,))
+
+
+class CellForward(CellPass):
+    """A forward pass; `kept` is what its backward needs."""
+
+    def __init__(self, setting: Setting, weights: Tensor, tensors: Sequence[Tensor]) -> None:
+        super().__init__(setting, weights, tensors)
+        self.kept, self.recorded = Kept(), setting.recorded
+        channels = sum(half.out_channels for half in self.plan.inputs[0].convolutions[0])
+        self.table = NormTable(self.plan.rows, channels, self.like, self.cell.training)
+        self.kept.table[0] = self.table.statistics
+
+    def compute(self) -> list[Tensor]:
+        """Return the nodes."""
+        if self.cell.training:
+            counters = [norm.num_batches_tracked for norm in self.plan.norms()]
+            torch._foreach_add_([count for count in counters if count is not None], 1)
+        for i, reduction in enumerate(self.plan.inputs):
+            self.preprocess(i, replace(reduction, row=i))
+        nodes = []
+        for i, source in enumerate(self.plan.sources):
+            self.leave(i, source)
+            node = i - INPUTS + 1  # all that enters it has left the states up to i
+            if 0 <= node < len(self.plan.nodes):
+                nodes.append(self.enter(node))
+        return nodes
+
+    def preprocess(self, i: int, reduction: Reduction) -> None:
+        """Make an input of the cell its state."""
+        (z,) = self.mix(reduction, self.inputs[i])
+        self.kept.states[i], self.kept.means[i] = self.table.node([z], own_term(i), None)
+
+    def enter(self, node: int) -> Tensor:
+        """Return a node, which becomes the next state."""
+        found, state = self.plan.nodes[node], node + INPUTS
+        z = [self.kept.z[row] for row in found.terms.rows]
+        factors, drawn = self.factors_of(found.edges), self.drawn(node)
+        out, means = self.table.node(z, found.terms, self.weights, factors, drawn)
+        self.kept.means[state] = means
+        self.kept.states[state] = out.detach()  # an output held by its own function is a cycle
+        return out
+
+    def leave(self, i: int, source: Source) -> None:
+        """Compute the candidates on the edges that leave state i, up to their last batch norms."""
+        state = self.kept.states[i]
+        for stages in source.stages:
+            self.convolve(state, stages)
+        for reduction in source.reductions:
+            self.mix(reduction, [state])
+        if source.pools:
+            self.pool(i, source)
+        for g in range(len(source.skips)):
+            self.kept.z[source.skip_row + g] = state
+        for single in source.singles:
+            with torch.set_grad_enabled(self.recorded):
+                x = state.detach().requires_grad_(self.recorded)
+                result = single.module(x)
+            if self.recorded:
+                self.kept.singles[single.row] = x, result
+            self.kept.z[single.row] = result.detach()
+
+    def convolve(self, state: Tensor, stages: Stages) -> None:
+        """Compute all stages of some separable convolutions."""
+        count = len(stages.edges)
+        x, scale, shift = [state] * count, None, None
+        for s, geometry in enumerate(stages.geometries):
+            weights, first = self.parameters[stages.parameters[s]], stages.rows[s]
+            operands = Operands(x, weights[:count], weights[count:], geometry, scale, shift)
+            x, sums = launch_sep_stage(operands)
+            maps = self.normalise(first, x, sums, stages.norms(s), stages.rule)
+            if s + 1 < len(stages.geometries):
+                self.kept.maps[first] = maps
+                scale, shift = maps
+
+    def mix(self, reduction: Reduction, sources: Sequence[Tensor]) -> list[Tensor]:
+        """Compute FactorizedReduce or the 1x1 convolution of an input; return its z."""
+        weights = reduction.by_edge(self.parameters[reduction.parameters])
+        z, sums = launch_mixing(Sources(sources, weights, reduction.stride))
+        self.normalise(reduction.row, z, sums, reduction.norms, reduction.rule)
+        return z
+
+    def pool(self, i: int, source: Source) -> None:
+        """Compute the pools of state i."""
+        kinds = tuple(kind for kind in KINDS if any(pool.kind == kind for pool in source.pools))
+        values, place, sums = launch_pools(self.kept.states[i], source.stride, kinds)
+        if place is not None:
+            self.kept.places[i] = place
+        for pool in source.pools:
+            k, count = kinds.index(pool.kind), len(pool.edges)
+            z = [values[k]] * count
+            self.normalise(pool.row, z, sums, pool.norms, pool.rule, [k] * count)
+
+    def normalise(
+        self,
+        first: int,
+        z: Sequence[Tensor],
+        sums: Tensor,
+        norms: Sequence[nn.BatchNorm2d],
+        rule: Rule,
+        places: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Give each z its row, from `first` on; return their scales and shifts [2, G, C].
+
+        sums: [3, G', C]. places: of each z among the G'; in order where None.
+        """
+        self.kept.z.update(enumerate(z, first))
+        pairs = [(sums, g) for g in (range(len(z)) if places is None else places)]
+        buffers: list[Any] = [norm._buffers for norm in norms]
+        running = [(found["running_mean"], found["running_var"]) for found in buffers]
+        return self.table.fill(first, z[0].shape, pairs, running, rule)

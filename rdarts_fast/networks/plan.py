@@ -1,0 +1,350 @@
+"""What a fused cell computes, found once from its modules: which candidates share a launch, and
+each tensor's row of the table (kernels/norm_table.py).
+
+Candidates of one kind on the edges that leave a state are one launch. An operation that has no
+kernel stays a module; so does one whose modules are not what operations.py builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor, nn
+
+from rdarts_fast.kernels.array import MOST_INPUTS
+from rdarts_fast.kernels.norm_table import Terms
+from rdarts_fast.kernels.pool import KINDS
+from rdarts_fast.kernels.sep_stage import KERNELS, Geometry
+from rdarts_fast.networks.composed import pool_of
+from rdarts_fast.networks.operations import FactorizedReduce, Noise, Zero
+from rdarts_fast.spaces import INPUTS, edges_into
+
+Rule = tuple[float, float]  # eps and momentum of a batch norm
+Kind = tuple[Any, ...]  # what candidates share that are one launch
+Candidate = tuple[Kind, int, int, nn.Module]  # its edge, its index into the flattened weights
+
+
+@dataclass
+class Stages:
+    """Separable convolutions of one shape on edges that leave a state: one stage or two."""
+
+    geometries: list[Geometry]  # of each stage
+    rule: Rule
+    edges: list[int] = field(default_factory=list)
+    modules: list[nn.Sequential] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # each stage's first; as many as edges follow
+    parameters: list[slice] = field(default_factory=list)  # each stage's
+
+    def norms(self, stage: int) -> list[nn.BatchNorm2d]:
+        """Return the batch norms that a stage ends with."""
+        norms = [module[4 * stage + 3] for module in self.modules]
+        return [norm for norm in norms if isinstance(norm, nn.BatchNorm2d)]
+
+    def weights(self, stage: int) -> list[Tensor]:
+        """Return a stage's depthwise weights, then the pointwise."""
+        at = 4 * stage + 1
+        return [_weight(module[i]) for i in (at, at + 1) for module in self.modules]
+
+
+@dataclass
+class Reduction:
+    """FactorizedReduce on edges that leave a state, or before a cell's input; or, with one half and
+    stride 1, the 1x1 convolution there.
+    """
+
+    stride: int
+    rule: Rule
+    edges: list[int] = field(default_factory=list)
+    convolutions: list[list[nn.Conv2d]] = field(default_factory=list)  # a half each
+    norms: list[nn.BatchNorm2d] = field(default_factory=list)
+    row: int = 0
+    parameters: slice = field(default_factory=lambda: slice(0))
+
+    def weights(self) -> list[Tensor]:
+        """Return the weights, edge by edge."""
+        return [_weight(half) for halves in self.convolutions for half in halves]
+
+    def by_edge(self, weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Return those weights, the halves of an edge together."""
+        halves = len(self.convolutions[0])
+        return [weights[k : k + halves] for k in range(0, len(weights), halves)]
+
+
+@dataclass
+class Pool:
+    """A pool of a state, on several edges; each has a batch norm and a row of its own."""
+
+    kind: str
+    rule: Rule
+    edges: list[int] = field(default_factory=list)
+    norms: list[nn.BatchNorm2d] = field(default_factory=list)
+    row: int = 0
+
+
+@dataclass
+class Single:
+    """An operation without a kernel, on one edge."""
+
+    module: nn.Module
+    edge: int
+    row: int = 0
+    parameters: slice = field(default_factory=lambda: slice(0))
+
+
+@dataclass
+class Source:
+    """What leaves a state."""
+
+    stride: int
+    stages: list[Stages] = field(default_factory=list)
+    reductions: list[Reduction] = field(default_factory=list)
+    pools: list[Pool] = field(default_factory=list)  # in the order of KINDS
+    skips: list[int] = field(default_factory=list)  # edges
+    skip_row: int = 0
+    singles: list[Single] = field(default_factory=list)
+
+
+@dataclass
+class Node:
+    """What a node sums: the terms, each one's edge, and the noise."""
+
+    terms: Terms
+    edges: list[int]
+    sites: tuple[int, ...]
+    drawn: list[int]  # indices into the flattened weights
+    drawn_edges: list[int]
+
+
+class Plan:
+    """The plan of a cell of `nodes` nodes. edges: [E], the candidates of each.
+
+    `whole` says whether the kernels can compute the cell. rows: R of the table; the first two are
+    those of the preprocessing.
+    """
+
+    def __init__(
+        self,
+        nodes: int,
+        preprocess: Sequence[nn.Module],
+        edges: Sequence[Sequence[nn.Module]],
+        strides: Sequence[int],
+    ) -> None:
+        found = [_preprocessing(module) for module in preprocess]
+        self.inputs = [reduction for reduction in found if reduction is not None]
+        self.sources = [Source(1) for _ in range(INPUTS + nodes)]
+        self.rows = INPUTS
+        self._terms: list[list[tuple[int, int, int, bool]]] = [[] for _ in edges]
+        self._drawn: list[list[tuple[int, int]]] = [[] for _ in edges]
+        leaving = self._candidates(nodes, edges, strides)
+        for source, candidates in zip(self.sources, leaving, strict=True):
+            # Sorting is stable: within a kind, the edges stay in order.
+            ordered = sorted(candidates, key=lambda candidate: str(candidate[0]))
+            for kind, group in groupby(ordered, lambda candidate: candidate[0]):
+                self._add(source, kind, list(group))
+            source.pools.sort(key=lambda pool: KINDS.index(pool.kind))
+        self.nodes = [self._node(edges_into(node)) for node in range(nodes)]
+        self.whole = len(self.inputs) == INPUTS and all(
+            0 < len(node.edges) <= MOST_INPUTS and len(node.sites) <= MOST_INPUTS
+            for node in self.nodes
+        )
+        self._count_parameters()
+
+    def _candidates(
+        self, nodes: int, edges: Sequence[Sequence[nn.Module]], strides: Sequence[int]
+    ) -> list[list[Candidate]]:
+        """Return what has a tensor on the edges that leave each state; noise goes to its edge."""
+        found: list[list[Candidate]] = [[] for _ in self.sources]
+        for node in range(nodes):
+            for source, e in enumerate(edges_into(node)):
+                self.sources[source].stride = strides[e]
+                for o, module in enumerate(edges[e]):
+                    weight = e * len(edges[e]) + o
+                    if isinstance(module, Noise):
+                        self._drawn[e].append((module.site, weight))
+                    elif not isinstance(module, Zero):
+                        found[source].append((_kind(module), e, weight, module))
+        return found
+
+    def _add(self, source: Source, kind: Kind, group: Sequence[Candidate]) -> None:
+        edges = [e for _, e, _, _ in group]
+        modules: list[Any] = [module for _, _, _, module in group]
+        row = self._rows_of(group)
+        if kind[0] == "stages":
+            _, geometries, rule = kind
+            stages = Stages(list(geometries), rule, edges, modules, [row])
+            for _ in geometries[1:]:
+                row = self._rows_of(group)
+                stages.rows.append(row)
+            source.stages.append(stages)
+        elif kind[0] == "reduction":
+            halves = [_halves(module) for module in modules]
+            norms = [module.bn for module in modules]
+            source.reductions.append(Reduction(2, kind[1], edges, halves, norms, row))
+        elif kind[0] == "pool":
+            norms = [module[1] for module in modules]
+            source.pools.append(Pool(kind[1], kind[2], edges, norms, row))
+        elif kind[0] == "skip":
+            source.skips, source.skip_row = edges, row
+        else:
+            source.singles += [Single(modules[i], e, row + i) for i, e in enumerate(edges)]
+        normalised = kind[0] in ("stages", "reduction", "pool")
+        for i, (_, e, weight, _) in enumerate(group):
+            self._terms[e].append((row + i, weight, e, normalised))
+
+    def _rows_of(self, group: Sequence[Candidate]) -> int:
+        """Return the first of as many new rows as the group has candidates."""
+        first = self.rows
+        self.rows += len(group)
+        return first
+
+    def _node(self, edges: Sequence[int]) -> Node:
+        terms = [term for e in edges for term in self._terms[e]]
+        drawn = [(*pair, e) for e in edges for pair in self._drawn[e]]
+        return Node(
+            Terms(
+                [row for row, _, _, _ in terms],
+                [weight for _, weight, _, _ in terms],
+                [normalised for _, _, _, normalised in terms],
+            ),
+            [e for _, _, e, _ in terms],
+            tuple(site for site, _, _ in drawn),
+            [weight for _, weight, _ in drawn],
+            [e for _, _, e in drawn],
+        )
+
+    def _count_parameters(self) -> None:
+        """Give each part its place in `parameters()`."""
+        end = 0
+
+        def place(tensors: Sequence[Tensor]) -> slice:
+            nonlocal end
+            end += len(tensors)
+            return slice(end - len(tensors), end)
+
+        for reduction in self.inputs:
+            reduction.parameters = place(reduction.weights())
+        for source in self.sources:
+            for stages in source.stages:
+                stages.parameters = [place(stages.weights(s)) for s in range(len(stages.rows))]
+            for reduction in source.reductions:
+                reduction.parameters = place(reduction.weights())
+            for single in source.singles:
+                single.parameters = place(list(single.module.parameters()))
+
+    def parameters(self) -> list[Tensor]:
+        """Return every weight."""
+        found = [weight for reduction in self.inputs for weight in reduction.weights()]
+        for source in self.sources:
+            for stages in source.stages:
+                for stage in range(len(stages.rows)):
+                    found += stages.weights(stage)
+            for reduction in source.reductions:
+                found += reduction.weights()
+            for single in source.singles:
+                found += single.module.parameters()
+        return found
+
+    def norms(self) -> list[nn.BatchNorm2d]:
+        """Return every batch norm that the kernels compute."""
+        found = [norm for reduction in self.inputs for norm in reduction.norms]
+        for source in self.sources:
+            for stages in source.stages:
+                for stage in range(len(stages.rows)):
+                    found += stages.norms(stage)
+            for reduction in source.reductions:
+                found += reduction.norms
+            for pool in source.pools:
+                found += pool.norms
+        return found
+
+
+def _weight(convolution: nn.Module) -> Tensor:
+    weight = convolution._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def _rule(norm: nn.Module) -> Rule | None:
+    """Return eps and momentum of a batch norm that the kernels know."""
+    if type(norm) is not nn.BatchNorm2d or norm.affine or norm.running_mean is None:
+        return None
+    return None if norm.momentum is None else (norm.eps, norm.momentum)
+
+
+def _kind(module: nn.Module) -> Kind:
+    """Return what candidates must share to be one launch."""
+    if type(module) is nn.Identity:
+        return ("skip",)
+    if type(module) is FactorizedReduce and (rule := _rule(module.bn)):
+        return ("reduction", rule)
+    if type(module) is nn.Sequential:
+        pool = pool_of(module)
+        if pool and len(module) == 2 and (rule := _rule(module[1])):
+            return ("pool", pool[0], rule)
+        stages = _stages_of(module)
+        if stages:
+            return ("stages", *stages)
+    return ("single",)
+
+
+def _stages_of(module: nn.Sequential) -> tuple[tuple[Geometry, ...], Rule] | None:
+    """Return the geometries and the batch norms' rule of a module that is made of stages."""
+    if len(module) not in (4, 8):
+        return None
+    geometries, rules = [], set()
+    for first in range(0, len(module), 4):
+        relu, depthwise, pointwise, norm = module[first : first + 4]
+        geometry = _geometry(depthwise)
+        if type(relu) is not nn.ReLU or geometry is None or not _is_pointwise(pointwise):
+            return None
+        geometries.append(geometry)
+        rules.add(_rule(norm))
+    rule = rules.pop()
+    return None if rule is None or rules else (tuple(geometries), rule)
+
+
+def _geometry(module: nn.Module) -> Geometry | None:
+    """Return the geometry of a depthwise convolution that has a kernel."""
+    if type(module) is not nn.Conv2d or not isinstance(module.padding, tuple):
+        return None
+    kernel, dilation, stride = module.kernel_size[0], module.dilation[0], module.stride[0]
+    plain = (
+        module.groups == module.in_channels == module.out_channels
+        and module.bias is None
+        and module.padding_mode == "zeros"
+        and module.kernel_size == (kernel, kernel)
+        and module.dilation == (dilation, dilation)
+        and module.stride == (stride, stride)
+        and module.padding == (dilation * (kernel // 2),) * 2
+    )
+    if not plain or kernel not in KERNELS or dilation not in (1, 2) or stride not in (1, 2):
+        return None
+    return Geometry(kernel, dilation, stride)
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    if type(module) is not nn.Conv2d or module.bias is not None or module.groups != 1:
+        return False
+    found = (module.kernel_size, module.stride, module.padding, module.dilation)
+    return found == ((1, 1), (1, 1), (0, 0), (1, 1))
+
+
+def _halves(module: FactorizedReduce) -> list[nn.Conv2d]:
+    return [half for half in (module.conv_1, module.conv_2) if half is not None]
+
+
+def _preprocessing(module: nn.Module) -> Reduction | None:
+    """Return what brings a cell's input to its channels; None where it has no kernel."""
+    if type(module) is FactorizedReduce and (rule := _rule(module.bn)):
+        return Reduction(2, rule, [], [_halves(module)], [module.bn])
+    if type(module) is not nn.Sequential or len(module) != 3:
+        return None
+    relu, convolution, norm = module
+    rule = _rule(norm)
+    if type(relu) is not nn.ReLU or not _is_pointwise(convolution) or rule is None:
+        return None
+    assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    return Reduction(1, rule, [], [[convolution]], [norm])
