@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "array.h"
+#include "matmul.h"
 #include "vectors.h"
 
 namespace rdarts {
@@ -66,22 +67,26 @@ class Pixels {
   Pixels(const Array& a, int64_t sample)
       : data_(static_cast<T*>(a.data) + sample * a.strides[0]),
         step_(a.strides[1]), row_(a.strides[2]), column_(a.strides[3]),
-        channels_(a.shape[1]), inner_(a.strides[1] == 1 || a.shape[1] == 1) {}
+        channels_(a.shape[1]), inner_(a.strides[1] == 1 || a.shape[1] == 1),
+        dense_(inner_ && column_ == channels_ && row_ == channels_ * a.shape[3]) {}
 
-  // body(column, block v of the channels, zeros past the last) along a row, which is fetched a row
-  // ahead.
+  // body(i, block v of the channels, zeros past the last) at `count` columns of a row, from `first`
+  // on in steps of `step`.
   template <typename Body>
-  RDARTS_METHOD void along(int64_t row, int64_t columns, int v, const Body& body) const {
+  RDARTS_METHOD void along(int64_t row, int64_t count, int v, const Body& body, int64_t first = 0,
+                           int64_t step = 1) const {
     constexpr int L = kVector<T>;
-    const T* from = data_ + row * row_ + v * L * step_;
+    const T* from = data_ + row * row_ + first * column_ + v * L * step_;
     if (inner_ && channels_ - v * L >= L) {
-      for (int64_t column = 0; column < columns; ++column, from += column_) {
-        __builtin_prefetch(from + row_);
-        body(column, load(from));
-      }
+      for (int64_t i = 0; i < count; ++i, from += step * column_) body(i, load(from));
     } else {
-      for (int64_t column = 0; column < columns; ++column) body(column, get(row, column, v));
+      for (int64_t i = 0; i < count; ++i) body(i, get(row, first + i * step, v));
     }
+  }
+
+  // Lets `rows` rows be fetched, where their elements lie side by side.
+  void fetch(Ahead& ahead, int64_t row, int64_t rows) const {
+    if (dense_) ahead.add(data_ + row * row_, rows * row_ * static_cast<int64_t>(sizeof(T)));
   }
 
   // Block v of the channels, zeros past the last.
@@ -98,7 +103,7 @@ class Pixels {
  private:
   const T* data_;
   int64_t step_, row_, column_, channels_;
-  bool inner_;
+  bool inner_, dense_;
 };
 
 // One sample of a result, dense and with its channels innermost.
@@ -111,12 +116,24 @@ class Result {
 
   T* pixel(int64_t row, int64_t column) const { return data_ + (row * width_ + column) * channels_; }
 
-  RDARTS_METHOD void set(int64_t row, int64_t column, int v, const Vec<T>& value, bool adds) const {
+  // Puts value(i), a block v of channels, at `count` columns of a row, from `first` on in steps of
+  // `step`, or adds it to what is there.
+  template <typename Value>
+  RDARTS_METHOD void along(int64_t row, int64_t count, int v, bool adds, const Value& value,
+                           int64_t first = 0, int64_t step = 1) const {
     constexpr int L = kVector<T>;
-    T* const to = pixel(row, column) + v * L;
-    const int64_t count = channels_ - v * L;
-    if (count >= L) store<T>(to, adds ? load(to) + value : value);
-    else store_part<T>(to, adds ? load_part(to, count) + value : value, count);
+    T* to = pixel(row, first) + v * L;
+    const int64_t rest = channels_ - v * L, next = step * channels_;
+    if (rest < L) {
+      for (int64_t i = 0; i < count; ++i, to += next) {
+        const Vec<T> found = value(i);
+        store_part<T>(to, adds ? load_part(to, rest) + found : found, rest);
+      }
+    } else if (adds) {
+      for (int64_t i = 0; i < count; ++i, to += next) store<T>(to, load(to) + value(i));
+    } else {
+      for (int64_t i = 0; i < count; ++i, to += next) store<T>(to, value(i));
+    }
   }
 
  private:

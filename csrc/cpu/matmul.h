@@ -7,12 +7,46 @@
 //   C[m, .]  block j at c[j * c_block + offset[m]]
 #pragma once
 
+#include <algorithm>
+
 #include "vectors.h"
 
 namespace rdarts {
 namespace {
 
 #define RDARTS_UNROLL _Pragma("GCC unroll 32")
+
+// Memory that comes into the cache while products are computed, a few lines before each of their
+// tiles: all at once, they would be waited for.
+class Ahead {
+ public:
+  void add(const void* from, int64_t bytes) {
+    if (count_ == kMost || bytes <= 0) return;
+    const char* const begin = static_cast<const char*>(from);
+    runs_[count_++] = {begin, begin + bytes};
+    lines_ += (bytes + kLine - 1) / kLine;
+  }
+  // What was added is fetched in so many steps.
+  void spread(int64_t steps) { each_ = (lines_ + steps - 1) / std::max<int64_t>(1, steps); }
+
+  RDARTS_METHOD void step() {
+    for (int64_t i = 0; i < each_ && run_ < count_; ++i) {
+      __builtin_prefetch(runs_[run_].at);
+      runs_[run_].at += kLine;
+      if (runs_[run_].at >= runs_[run_].end) ++run_;
+    }
+  }
+
+ private:
+  static constexpr int kMost = 96;
+  static constexpr int64_t kLine = 64;
+  struct Run {
+    const char *at, *end;
+  };
+  Run runs_[kMost];
+  int count_ = 0, run_ = 0;
+  int64_t lines_ = 0, each_ = 0;
+};
 
 template <typename T>
 struct Product {
@@ -24,6 +58,7 @@ struct Product {
   int64_t c_block;
   const int* offset;        // [M]
   int rows, depth, blocks;  // M, K, vectors in a row of C
+  Ahead* ahead = nullptr;
 };
 
 // What becomes of a tile of sums: they replace C's numbers, or are added to them.
@@ -56,6 +91,7 @@ struct Add {
 template <int rows, int wide, bool transposed, typename T, typename Finish>
 RDARTS_METHOD void product_tile(const Product<T>& p, int m, int j, const Finish& finish) {
   constexpr int L = kVector<T>;
+  if (p.ahead) p.ahead->step();
   Vec<T> sum[rows][wide];
   RDARTS_UNROLL
   for (int r = 0; r < rows; ++r) {
@@ -77,10 +113,12 @@ RDARTS_METHOD void product_tile(const Product<T>& p, int m, int j, const Finish&
     }
   };
   if constexpr (transposed) {
-    const T* a[rows];
-    RDARTS_UNROLL
-    for (int r = 0; r < rows; ++r) a[r] = p.a + (m + r) / L * p.a_block + (m + r) % L;
-    for (int64_t k = 0; k < p.depth; ++k) step([&](int r) { return a[r][k * L]; });
+    // m is a multiple of `rows`, so that no tile begins in one block and ends in the next but where
+    // it has whole blocks.
+    const T* const a = p.a + m / L * p.a_block + m % L;
+    for (int64_t k = 0; k < p.depth; ++k) {
+      step([&](int r) { return a[r / L * p.a_block + r % L + k * L]; });
+    }
   } else {
     const T* block = p.a + m * L;
     for (int begin = 0; begin < p.depth; begin += L, block += p.a_block) {
@@ -91,10 +129,14 @@ RDARTS_METHOD void product_tile(const Product<T>& p, int m, int j, const Finish&
   finish.template operator()<rows, wide, T>(p, m, j, sum);
 }
 
-// As many rows at once as the registers hold: 16 of them, or 32 with AVX-512.
+// As many rows at once as the registers hold: 16 of them, or 32 with AVX-512. Transposed, a power of
+// two, or a tile could begin within a block and end in the next.
+template <int wide, bool transposed>
+constexpr int kMostRows = kWideBytes < 64 ? (wide == 1 ? 8 : transposed ? 4 : 6) : transposed ? 8 : 12;
+
 template <int wide, bool transposed, typename T, typename Finish>
 void product_columns(const Product<T>& p, int j, const Finish& finish) {
-  constexpr int most = kWideBytes < 64 ? (wide == 2 ? 6 : 8) : transposed ? 8 : 12;
+  constexpr int most = kMostRows<wide, transposed>;
   int m = 0;
   for (; m + most <= p.rows; m += most) product_tile<most, wide, transposed>(p, m, j, finish);
   if constexpr (most > 8) {
@@ -103,6 +145,12 @@ void product_columns(const Product<T>& p, int j, const Finish& finish) {
   if (m + 4 <= p.rows) product_tile<4, wide, transposed>(p, m, j, finish), m += 4;
   if (m + 2 <= p.rows) product_tile<2, wide, transposed>(p, m, j, finish), m += 2;
   if (m + 1 <= p.rows) product_tile<1, wide, transposed>(p, m, j, finish);
+}
+
+// Tiles of a product, about.
+template <bool transposed>
+int64_t tiles_of(int64_t rows, int64_t blocks) {
+  return ((rows + 7) / kMostRows<2, transposed>) * ((blocks + 1) / 2);
 }
 
 template <bool transposed, typename T, typename Finish>

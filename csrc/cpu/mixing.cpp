@@ -122,6 +122,11 @@ void in_chunks(const Mixing& m, const Sizes& g, int threads, const Body& body) {
   });
 }
 
+// Columns of a row of z whose pixel in x, shifted by `half`, is inside.
+inline int64_t columns_of(const Mixing& m, const Sizes& g, int half) {
+  return std::min(g.out_width, (g.width - half + m.stride - 1) / m.stride);
+}
+
 // y[halves, blocks of all sources, tile, L] of `rows` rows of a sample.
 template <typename T>
 void fill_tile(const Mixing& m, const Sizes& g, const Memory<T>& memory, int64_t n, int64_t first,
@@ -131,20 +136,27 @@ void fill_tile(const Mixing& m, const Sizes& g, const Memory<T>& memory, int64_t
     const Pixels<T> x(m.x[i / g.blocks], n);
     const Vec<T> scale = load(memory.scale + i * L), shift = load(memory.shift + i * L);
     for (int half = 0; half < m.halves; ++half) {
-      T* const to = memory.y + half * g.depth * g.tile() + i * g.tile() * L;
-      for (int64_t row = 0; row < rows; ++row) {
+      T* to = memory.y + half * g.depth * g.tile() + i * g.tile() * L;
+      const int64_t inside = columns_of(m, g, half);
+      for (int64_t row = 0; row < rows; ++row, to += g.out_width * L) {
         const int64_t from = m.stride * (first + row) + half;
-        for (int64_t column = 0; column < g.out_width; ++column) {
-          const int64_t at = m.stride * column + half;
-          Vec<T> value = {};
-          if (from < g.height && at < g.width) {
-            value = x.get(from, at, i % g.blocks);
-            if (m.scale) value = scale * value + shift;
-          }
-          store<T>(to + (row * g.out_width + column) * L, relu<T>(value));
-        }
+        const int64_t count = from < g.height ? inside : 0;
+        x.along(from, count, i % g.blocks, [&](int64_t column, const Vec<T>& value) {
+          store<T>(to + column * L, relu<T>(m.scale ? scale * value + shift : value));
+        }, half, m.stride);
+        std::fill_n(to + count * L, (g.out_width - count) * L, T(0));
       }
     }
+  }
+}
+
+// Lets what the tile after this one reads of the tensors be fetched.
+template <typename T>
+void fetch_rows(const Array* tensors, int count, int64_t n, int64_t row, int64_t rows,
+                Ahead& ahead) {
+  for (int i = 0; i < count; ++i) {
+    const int64_t height = tensors[i].shape[2];
+    if (row < height) Pixels<T>(tensors[i], n).fetch(ahead, row, std::min(rows, height - row));
   }
 }
 
@@ -157,16 +169,23 @@ void forward_sample(const MixingForward& a, const Sizes& g, const Memory<T>& mem
   std::fill_n(sums, m.edges * own, 0.0);
   for (int64_t first = 0; first < g.out_height; first += g.tile_rows) {
     const int64_t rows = std::min(g.tile_rows, g.out_height - first);
+    const int pixels = static_cast<int>(rows * g.out_width);
+    Ahead ahead;
+    fetch_rows<T>(m.x, m.sources, n, m.stride * (first + rows), m.stride * rows, ahead);
+    int64_t tiles = 0;
+    for (const Half<T>& half : memory.halves) tiles += tiles_of<false>(pixels, half.blocks);
+    ahead.spread(tiles);
     fill_tile(m, g, memory, n, first, rows);
     for (int i = 0; i < m.edges * m.halves; ++i) {
       const Half<T>& half = memory.halves[i];
       if (half.channels == 0) continue;
       T* const z = Result<T>(a.z[i / m.halves], n).pixel(first, 0) + half.first;
       const T* const y = memory.y + i % m.halves * g.depth * g.tile();
-      const Product<T> p = {y, g.tile() * L, half.forward, int64_t{g.depth} * L, z, L, offset,
-                            static_cast<int>(rows * g.out_width), g.depth, half.blocks};
+      Product<T> p = {y, g.tile() * L, half.forward, int64_t{g.depth} * L, z, L, offset,
+                      pixels, g.depth, half.blocks};
       double* const at = sums + i / m.halves * own + half.first;
       if (first == 0) take_pivot(p, half.pivot, half.channels, at + 2 * g.out_channels);
+      p.ahead = &ahead;
       multiply<false>(p, Summed<T>{half.pivot, half.sum, half.square, half.channels});
       drain(half.sum, half.channels, at);
       drain(half.square, half.channels, at + g.out_channels);
@@ -200,15 +219,15 @@ void scatter_tile(const MixingBackward& a, const Sizes& g, const Memory<T>& memo
     const Result<T> dv(a.dv[i / g.blocks], n);
     for (int half = 0; half < m.halves; ++half) {
       const int64_t tile = half * g.depth * g.tile() + i * g.tile() * L;
+      const int64_t inside = columns_of(m, g, half);
+      const bool adds = a.adds[i / g.blocks] || m.stride > 1;
       for (int64_t row = 0; row < rows; ++row) {
-        const int64_t to = m.stride * (first + row) + half;
-        for (int64_t column = 0; column < g.out_width && to < g.height; ++column) {
-          const int64_t at = m.stride * column + half;
-          if (at >= g.width) continue;
-          const int64_t from = tile + (row * g.out_width + column) * L;
-          const Vec<T> value = where_passed<T>(load(memory.dy + from), load(memory.y + from));
-          dv.set(to, at, i % g.blocks, value, a.adds[i / g.blocks] || m.stride > 1);
-        }
+        const int64_t to = m.stride * (first + row) + half, from = tile + row * g.out_width * L;
+        if (to >= g.height) continue;
+        dv.along(to, inside, i % g.blocks, adds, [&](int64_t column) {
+          const int64_t at = from + column * L;
+          return where_passed<T>(load(memory.dy + at), load(memory.y + at));
+        }, half, m.stride);
       }
     }
   }
@@ -239,6 +258,16 @@ void backward_sample(const MixingBackward& a, const Sizes& g, const Memory<T>& m
   for (int64_t first = 0; first < g.out_height; first += g.tile_rows) {
     const int64_t rows = std::min(g.tile_rows, g.out_height - first);
     const int pixels = static_cast<int>(rows * g.out_width);
+    Ahead ahead;
+    fetch_rows<T>(m.x, m.sources, n, m.stride * (first + rows), m.stride * rows, ahead);
+    fetch_rows<T>(a.g, m.edges, n, first + rows, rows, ahead);
+    if (a.by_z) fetch_rows<T>(a.z, m.edges, n, first + rows, rows, ahead);
+    int64_t tiles = 0;
+    for (const Half<T>& half : memory.halves) {
+      tiles += tiles_of<false>(pixels, g.depth / L);
+      if (weights) tiles += tiles_of<true>(g.depth, half.blocks);
+    }
+    ahead.spread(tiles);
     fill_tile(m, g, memory, n, first, rows);
     for (int i = 0; i < m.edges * m.halves; ++i) {
       const Half<T>& half = memory.halves[i];
@@ -251,13 +280,14 @@ void backward_sample(const MixingBackward& a, const Sizes& g, const Memory<T>& m
                     memory.dz);
       const int64_t own = side * g.depth * g.tile();
       const Product<T> back = {memory.dz, tile, half.backward, half.channels * L, memory.dy + own,
-                               tile, offset, pixels, static_cast<int>(half.channels), g.depth / L};
+                               tile, offset, pixels, static_cast<int>(half.channels), g.depth / L,
+                               &ahead};
       if (e == 0) multiply<false>(back, Replace{});
       else multiply<false>(back, Add{});
       if (!weights) continue;
       T* const sums = weights + weight_sums<T>(m, g, i);
       multiply<true>(Product<T>{memory.y + own, tile, memory.dz, tile, sums, int64_t{g.depth} * L,
-                                offset, g.depth, pixels, half.blocks},
+                                offset, g.depth, pixels, half.blocks, &ahead},
                      Add{});
     }
     scatter_tile(a, g, memory, n, first, rows);

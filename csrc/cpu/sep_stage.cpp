@@ -82,6 +82,11 @@ void convolve_rows(const Depthwise<T>& kernel, const T* image, const Sizes& g, c
   }
 }
 
+// Rows of x that belong to `rows` rows of z from `first` on.
+inline int64_t rows_of(const Sizes& g, int64_t first, int64_t rows) {
+  return std::min(rows * g.stride, g.height - first * g.stride);
+}
+
 template <typename T>
 struct ForwardMemory {
   T *image, *d, *taps, *matrix, *scale, *shift, *pivot, *sum, *square;
@@ -97,19 +102,25 @@ struct ForwardMemory {
   }
 };
 
-// One sample of one edge whose image is filled; sums: [3, O] of this sample.
+// One sample of one edge whose image is filled; sums: [3, O] of this sample. next: what the image of
+// the one after it is filled from, or null.
 template <typename T>
 void forward_sample(const Depthwise<T>& kernel, const Sizes& g, const ForwardMemory<T>& m, const Array& z,
-                    int64_t n, const int* offset, double* sums) {
+                    int64_t n, const int* offset, double* sums, const Pixels<T>* next) {
   constexpr int L = kVector<T>;
   const Result<T> result(z, n);
   std::fill_n(sums, 2 * g.out_channels, 0.0);
   for (int64_t first = 0; first < g.out_height; first += g.tile_rows) {
     const int64_t rows = std::min(g.tile_rows, g.out_height - first);
+    const int pixels = static_cast<int>(rows * g.out_width);
+    Ahead ahead;
+    if (next) next->fetch(ahead, first * g.stride, rows_of(g, first, rows));
+    ahead.spread(tiles_of<false>(pixels, g.out));
     convolve_rows(kernel, m.image, g, m.taps, first, rows, m.d);
-    const Product<T> p = {m.d, g.tile() * L, m.matrix, g.channels * L, result.pixel(first, 0), L, offset,
-                    static_cast<int>(rows * g.out_width), static_cast<int>(g.channels), g.out};
+    Product<T> p = {m.d, g.tile() * L, m.matrix, g.channels * L, result.pixel(first, 0), L, offset,
+                    pixels, static_cast<int>(g.channels), g.out};
     if (first == 0) take_pivot(p, m.pivot, g.out_channels, sums + 2 * g.out_channels);
+    p.ahead = &ahead;
     multiply<false>(p, Summed<T>{m.pivot, m.sum, m.square, g.out_channels});
     drain(m.sum, g.out_channels, sums);
     drain(m.square, g.out_channels, sums + g.out_channels);
@@ -142,7 +153,9 @@ void forward_of(const StageForward& a, int threads) {
       for (int64_t n = from; n < to; ++n) {
         fill_image(Pixels<T>(s.x[e], n), g, s.scale ? m.scale : nullptr, m.shift, m.image);
         double* const sums = a.workspace + (n * s.edges + e) * own;
-        forward_sample(kernel, g, m, a.z[e], n, offset.data(), sums);
+        const Pixels<T> next(s.x[e], n + 1);
+        const Pixels<T>* const ahead = n + 1 < to ? &next : nullptr;
+        forward_sample(kernel, g, m, a.z[e], n, offset.data(), sums, ahead);
       }
     }
   });
@@ -174,28 +187,52 @@ struct WeightSums {
   T* matrix;  // [blocks of O, C, L]
 };
 
+// Where the rows of its products lie.
+struct Offsets {
+  std::vector<int> pixel;    // of a tile, in the image of the gradient of d
+  std::vector<int> channel;  // of the pointwise weights
+};
+
+// What the tile after this one reads, of x that of the next sample, and where this one's dv goes.
+template <typename T>
+void fetch_next(const StageBackward& a, const Sizes& g, int e, int64_t n, int64_t first,
+                int64_t rows, bool last, Ahead& ahead) {
+  const int64_t own = rows_of(g, first, rows), row = first * g.stride;
+  const bool within = first + rows < g.out_height;
+  if (within || !last) {
+    const int64_t sample = within ? n : n + 1, next = within ? first + rows : 0;
+    const int64_t count = std::min(g.tile_rows, g.out_height - next);
+    Pixels<T>(a.g[e], sample).fetch(ahead, next, count);
+    if (a.by_z) Pixels<T>(a.z[e], sample).fetch(ahead, next, count);
+  }
+  if (!last) Pixels<T>(a.stage.x[e], n + 1).fetch(ahead, row, own);
+  if (a.dv[e].data) Pixels<T>(a.dv[e], n).fetch(ahead, row, own);
+}
+
 // The gradient of d of a sample, and what the weights get of it.
 template <typename T>
 void through_pointwise(const StageBackward& a, const Depthwise<T>& kernel, const Sizes& g,
-                       const BackwardMemory<T>& m, int e, int64_t n, const int* offset,
+                       const BackwardMemory<T>& m, int e, int64_t n, bool last, const Offsets& offset,
                        const WeightSums<T>* weights) {
   constexpr int L = kVector<T>;
   const int channels = static_cast<int>(g.channels), out = static_cast<int>(g.out_channels);
   const Pixels<T> gradient(a.g[e], n), z(a.by_z ? a.z[e] : a.g[e], n);
-  std::vector<int> rows_of_matrix;
-  for (int c = 0; weights && c < channels; ++c) rows_of_matrix.push_back(c * L);
   for (int64_t first = 0; first < g.out_height; first += g.tile_rows) {
     const int64_t rows = std::min(g.tile_rows, g.out_height - first);
     const int pixels = static_cast<int>(rows * g.out_width);
+    Ahead ahead;
+    fetch_next<T>(a, g, e, n, first, rows, last, ahead);
+    ahead.spread(tiles_of<false>(pixels, g.in) + (weights ? tiles_of<true>(channels, g.out) : 0));
     gradient_rows(gradient, a.by_z ? &z : nullptr, m.map, first, rows, g.out_width, g.tile(), m.dz);
     T* const to = m.out + ((first + g.out_pad) * g.out_padded_width + g.out_pad) * L;
     multiply<false>(Product<T>{m.dz, g.tile() * L, m.matrix, g.out_channels * L, to,
-                               g.out_padded_pixels * L, offset, pixels, out, g.in},
+                               g.out_padded_pixels * L, offset.pixel.data(), pixels, out, g.in,
+                               &ahead},
                     Replace{});
     if (!weights) continue;
     convolve_rows(kernel, m.image, g, m.taps, first, rows, m.d);
     multiply<true>(Product<T>{m.d, g.tile() * L, m.dz, g.tile() * L, weights->matrix, channels * L,
-                              rows_of_matrix.data(), channels, pixels, g.out},
+                              offset.channel.data(), channels, pixels, g.out, &ahead},
                    Add{});
     for (int v = 0; v < g.in; ++v) {
       for (int64_t row = first; row < first + rows; ++row) {
@@ -233,12 +270,14 @@ void through_depthwise(const StageBackward& a, const Depthwise<T>& kernel, const
         dv = m.dimage;
       }
       Vec<T> sum = {}, product = {};
-      for (int64_t column = 0; column < g.width; ++column) {
+      const auto value = [&](int64_t column) {
         const Vec<T> passed = load(y + column * L);
-        const Vec<T> value = where_passed<T>(load(dv + column * L), passed);
-        sum += value, product += value * passed;
-        if (wanted) result.set(row, column, v, value, adds);
-      }
+        const Vec<T> found = where_passed<T>(load(dv + column * L), passed);
+        sum += found, product += found * passed;
+        return found;
+      };
+      if (wanted) result.along(row, g.width, v, adds, value);
+      else for (int64_t column = 0; column < g.width; ++column) value(column);
       if (!sums) continue;
       const int64_t count = std::min<int64_t>(L, g.channels - v * L);
       add_to<T>(sums + v * L, sum, count);
@@ -297,10 +336,13 @@ void backward_of(const StageBackward& a, int threads) {
   const int64_t own = weight_sums<T>(g), sums = 2 * g.channels;
   double* const partial_sums = a.workspace;  // [N, G, 2, C]
   T* const partial = reinterpret_cast<T*>(partial_sums + (a.sums ? g.samples * s.edges * sums : 0));
-  std::vector<int> offset(g.tile());
+  Offsets offset;
   for (int64_t i = 0; i < g.tile(); ++i) {
     const int64_t pixel = i / g.out_width * g.out_padded_width + i % g.out_width;
-    offset[i] = static_cast<int>(pixel * kVector<T>);
+    offset.pixel.push_back(static_cast<int>(pixel * kVector<T>));
+  }
+  for (int64_t c = 0; c < g.channels; ++c) {
+    offset.channel.push_back(static_cast<int>(c * kVector<T>));
   }
   parallel_for(g.samples, chunk, threads, [&](int64_t from, int64_t to) {
     Parts<T> needed;
@@ -319,7 +361,8 @@ void backward_of(const StageBackward& a, int threads) {
         if (own_sums) std::fill_n(own_sums, sums, 0.0);
         fill_image(Pixels<T>(s.x[e], n), g, s.scale ? m.scale : nullptr, m.shift, m.image);
         m.map.take_factor(a.factors, e * g.samples + n);
-        through_pointwise(a, kernel, g, m, e, n, offset.data(), a.ddepthwise ? &weights : nullptr);
+        through_pointwise(a, kernel, g, m, e, n, n + 1 == to, offset,
+                          a.ddepthwise ? &weights : nullptr);
         if (a.dv[e].data || own_sums) through_depthwise(a, kernel, g, m, e, n, own_sums);
       }
     }
