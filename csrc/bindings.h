@@ -4,10 +4,13 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "dispatch.h"
@@ -35,9 +38,20 @@ using Shape = std::array<int64_t, 4>;
 using Address = std::uintptr_t;
 using Numbers = std::vector<int64_t>;
 
+using Addresses = std::vector<Address>;
+using Flags = std::vector<uint8_t>;
+using Geometry = std::tuple<int, int, int>;  // kernel, dilation, stride
+
 template <typename T = void>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+template <typename T>
+std::vector<T*> pointers_of(const Addresses& addresses) {
+  std::vector<T*> pointers;
+  for (const Address address : addresses) pointers.push_back(pointer<T>(address));
+  return pointers;
 }
 
 // Five numbers a tensor: address and strides.
@@ -82,6 +96,27 @@ inline void check_cpu_dtype(DType dtype, const Place& place) {
   }
 }
 
+constexpr int64_t kNear = int64_t{12} << 20;  // bytes that stay in the last-level cache
+
+// Inputs that are worked on together. On the CPU they are so few that the second pass over them
+// finds them in the cache; there more inputs cost nothing, on a GPU a launch.
+inline int group_of(const Array& like, int inputs, int64_t tensors_an_input, const Place& place) {
+  if (place.device >= 0) return inputs;
+  const int64_t width = like.dtype == DType::kFloat64 ? 8 : 4;
+  const int64_t bytes = width * like.shape[0] * like.shape[1] * like.shape[2] * like.shape[3];
+  const int64_t fit = kNear / std::max<int64_t>(1, bytes * tensors_an_input);
+  return static_cast<int>(std::clamp<int64_t>(fit, 1, inputs));
+}
+
+inline size_t width_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }  // of a coefficient
+
+// `data` moved on by so many coefficients; null stays null.
+template <typename Void>
+Void* moved(Void* data, DType dtype, int64_t by) {
+  using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
+  return data ? static_cast<Byte*>(data) + by * static_cast<int64_t>(width_of(dtype)) : nullptr;
+}
+
 // The launchers that several files call.
 inline void run(const NodeSum& arguments, const Place& place) {
   RDARTS_LAUNCH(node_sum, arguments, place.threads);
@@ -92,5 +127,15 @@ inline void run(const NodeSumDq& arguments, const Place& place) {
 inline void run(const Normalization& arguments, const Place& place) {
   RDARTS_LAUNCH(normalize, arguments);
 }
+inline void run(const StageForward& arguments, const Place& place) {
+  RDARTS_LAUNCH(sep_stage, arguments, place.threads);
+}
+inline void run(const StageBackward& arguments, const Place& place) {
+  RDARTS_LAUNCH(sep_stage_backward, arguments, place.threads);
+}
+
+// Doubles of buffer that the forward or the backward of a stage needs: sums and workspace.
+int64_t stage_buffer(int64_t edges, const Shape& shape, const Shape& out_shape,
+                     const Geometry& geometry, bool backward, const Place& place);
 
 }  // namespace rdarts

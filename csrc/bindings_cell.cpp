@@ -35,8 +35,9 @@ Table table_of(int dtype, const Shape& shape, const TableAt& at) {
   t.count = static_cast<double>(shape[0] * shape[2] * shape[3]);
   t.mean = pointer<double>(statistics), t.rstd = t.mean + rows * t.channels;
   if (map == 0) return t;
-  const int64_t plane = rows * t.channels * (t.dtype == DType::kFloat64 ? 8 : 4);
-  t.by_g = pointer(map), t.by_z = pointer(map + plane), t.constant = pointer(map + 2 * plane);
+  const int64_t plane = rows * t.channels;
+  t.by_g = pointer(map);
+  t.by_z = moved(t.by_g, t.dtype, plane), t.constant = moved(t.by_g, t.dtype, 2 * plane);
   return t;
 }
 
@@ -59,30 +60,39 @@ Terms terms_of(const Table& table, const TermsAt& at) {
   return t;
 }
 
-// Fills rows [first, first + G) from sums, each an address and what lies between its three rows of
-// [C], or in eval mode from the running buffers, and their scales and shifts, [2, G, C].
-void batch_norms_at(int dtype, const Shape& shape, const TableAt& table, int64_t first,
-                    const Numbers& sums, const std::vector<Address>& running,
-                    const std::pair<double, double>& rule, Address coefficients,
-                    const Place& place) {
-  const Table t = table_of(dtype, shape, table);
-  const int inputs = static_cast<int>(running.size() / 2);
-  if (inputs < 1 || inputs > kMostInputs || sums.size() != running.size()) {
-    throw std::invalid_argument("running: expected those of 1 to 64 tensors, and as many sums");
-  }
+using Rule = std::pair<double, double>;  // eps and momentum
+
+// Fills rows of the table from `first` on and their scales and shifts, from sums, each an address
+// and what lies between its three rows of [C], or in eval mode from the running buffers: [2] each.
+void fill_rows(const Table& t, int64_t first, int count, const Numbers& sums,
+               const Address* running, const Rule& rule, void* scale, void* shift,
+               const Place& place) {
   Normalization n = {};
-  n.dtype = t.dtype, n.inputs = inputs, n.channels = t.channels, n.count = t.count;
+  n.dtype = t.dtype, n.inputs = count, n.channels = t.channels, n.count = t.count;
   n.training = t.training;
   std::tie(n.eps, n.momentum) = rule;
-  for (int k = 0; k < inputs; ++k) {
+  for (int k = 0; k < count; ++k) {
     n.normalised |= uint64_t{1} << k;
     n.sums[k] = pointer<const double>(sums[2 * k]), n.apart[k] = sums[2 * k + 1];
     n.running_mean[k] = pointer(running[2 * k]), n.running_var[k] = pointer(running[2 * k + 1]);
   }
   n.mean = t.mean + first * t.channels, n.rstd = t.rstd + first * t.channels;
-  n.scale = pointer(coefficients);
-  n.shift = pointer(coefficients + inputs * t.channels * (t.dtype == DType::kFloat64 ? 8 : 4));
+  n.scale = scale, n.shift = shift;
   run(n, place);
+}
+
+// coefficients: [2, G, C].
+void batch_norms_at(int dtype, const Shape& shape, const TableAt& table, int64_t first,
+                    const Numbers& sums, const Addresses& running, const Rule& rule,
+                    Address coefficients, const Place& place) {
+  const Table t = table_of(dtype, shape, table);
+  const int inputs = static_cast<int>(running.size() / 2);
+  if (inputs < 1 || inputs > kMostInputs || sums.size() != running.size()) {
+    throw std::invalid_argument("running: expected those of 1 to 64 tensors, and as many sums");
+  }
+  void* const scale = pointer(coefficients);
+  fill_rows(t, first, inputs, sums, running.data(), rule, scale,
+            moved(scale, t.dtype, inputs * t.channels), place);
 }
 
 // kept: [3, K, C] float64: the means, which the backward needs, then room for scales and shifts.
@@ -125,10 +135,157 @@ void node_backward_at(int dtype, const Shape& shape, const Numbers& tensors, con
   run(n, place);
 }
 
-void norm_backward_at(int dtype, const Shape& shape, const TableAt& table, int first, int inputs,
-                      Address sums, const Place& place) {
-  run(RowGradients{table_of(dtype, shape, table), first, inputs, pointer<const double>(sums)},
-      place);
+// A stage of G separable convolutions as Python gives it: the shape of z and z, geometry, weights as
+// of a stage, first row of the table, running buffers or, backward, the gradients of the weights.
+using StageAt = std::tuple<Shape, Numbers, Geometry, Addresses, int64_t, Addresses>;
+
+constexpr int64_t kTensorsAnEdge = 3;  // that a stage's backward goes over
+
+// The stages of G separable convolutions, each of x or of what the stage before it gives.
+struct Chain {
+  struct Link {
+    Shape shape;            // of z
+    std::vector<Array> z;   // [G]
+    std::vector<Array> x;   // [G]
+    std::vector<const void*> weights;  // G of the depthwise part, G of the pointwise
+    Geometry geometry;
+    int64_t first;  // row
+    Addresses more;
+    Table table;
+    void *scale, *shift;  // [G, C] of z, where a stage follows
+  };
+  std::vector<Link> links;
+  int edges, together;  // on the CPU so few that one stage's z are still in the cache in the next
+
+  // maps: [S, 2, G, C].
+  Chain(int dtype, const Shape& shape, const Numbers& x, const std::vector<StageAt>& stages,
+        const TableAt& table, Address maps, const Place& place) {
+    std::vector<Array> sources = arrays_of(dtype, shape, x);
+    edges = static_cast<int>(sources.size());
+    if (edges < 1 || edges > kMostEdges || stages.empty()) {
+      throw std::invalid_argument("x: expected 1 to 64 tensors, and a stage or more");
+    }
+    check_cpu_dtype(sources[0].dtype, place);
+    void* map = pointer(maps);
+    for (const auto& [out, z, geometry, weights, first, more] : stages) {
+      links.push_back({out, arrays_of(dtype, out, z), sources, pointers_of<const void>(weights),
+                       geometry, first, more, table_of(dtype, out, table), map, nullptr});
+      Link& link = links.back();
+      if (link.z.size() != sources.size() || weights.size() != 2 * sources.size()) {
+        throw std::invalid_argument("stages: expected a z and two weights an edge");
+      }
+      link.shift = moved(map, link.z[0].dtype, edges * out[1]);
+      map = moved(map, link.z[0].dtype, 2 * edges * out[1]);
+      sources = link.z;
+    }
+    together = group_of(links[0].x[0], edges, kTensorsAnEdge, place);
+  }
+
+  // Edges [e, e + count) of stage s.
+  Stage part(size_t s, int e, int count) const {
+    const Link& link = links[s];
+    Stage stage = {};
+    stage.edges = count, stage.x = &link.x[e];
+    std::tie(stage.kernel, stage.dilation, stage.stride) = link.geometry;
+    stage.depthwise = &link.weights[e], stage.pointwise = &link.weights[edges + e];
+    if (s == 0) return stage;
+    const Link& before = links[s - 1];
+    const int64_t at = e * before.shape[1];
+    stage.scale = moved(before.scale, link.x[0].dtype, at);
+    stage.shift = moved(before.shift, link.x[0].dtype, at);
+    return stage;
+  }
+};
+
+void stages_at(int dtype, const Shape& shape, const Numbers& x, const std::vector<StageAt>& stages,
+               const TableAt& table, const Rule& rule, Address maps, Address buffer,
+               const Place& place) {
+  const Chain chain(dtype, shape, x, stages, table, maps, place);
+  double* const sums = pointer<double>(buffer);
+  for (int e = 0; e < chain.edges; e += chain.together) {
+    const int count = std::min(chain.together, chain.edges - e);
+    for (size_t s = 0; s < chain.links.size(); ++s) {
+      const Chain::Link& link = chain.links[s];
+      const int64_t channels = link.shape[1];
+      run(StageForward{chain.part(s, e, count), &link.z[e], sums, sums + 3 * count * channels},
+          place);
+      Numbers rows;
+      for (int k = 0; k < count; ++k) {
+        rows.push_back(static_cast<int64_t>(reinterpret_cast<Address>(sums + k * channels)));
+        rows.push_back(count * channels);
+      }
+      const DType type = link.z[0].dtype;
+      fill_rows(link.table, link.first + e, count, rows, &link.more[2 * e], rule,
+                moved(link.scale, type, e * channels), moved(link.shift, type, e * channels), place);
+    }
+  }
+}
+
+// gradients: G of g, then `together` for each stage but the first, in which the gradient of what it
+// reads is formed, then G of dv. factors: [G, N] or null.
+void stages_backward_at(int dtype, const Shape& shape, const Numbers& x,
+                        const std::vector<StageAt>& stages, const TableAt& table, Address maps,
+                        const Numbers& g, const std::vector<Numbers>& between, const Numbers& dv,
+                        const Flags& adds, Address factors, Address buffer, const Place& place) {
+  const Chain chain(dtype, shape, x, stages, table, maps, place);
+  const size_t last = chain.links.size() - 1;
+  const std::vector<Array> entering = arrays_of(dtype, chain.links[last].shape, g);
+  const std::vector<Array> leaving = arrays_of(dtype, shape, dv);
+  const Flags none(chain.edges, 0);
+  double* const sums = pointer<double>(buffer);
+  for (int e = 0; e < chain.edges; e += chain.together) {
+    const int count = std::min(chain.together, chain.edges - e);
+    std::vector<Array> given(&entering[e], &entering[e] + count);
+    for (size_t s = last + 1; s-- > 0;) {
+      const Chain::Link& link = chain.links[s];
+      const DType type = link.z[0].dtype;
+      const int64_t row = (link.first + e) * link.shape[1];
+      const Shape& before = s > 0 ? chain.links[s - 1].shape : shape;
+      const std::vector<Array> passed =
+          s > 0 ? arrays_of(dtype, before, between[s - 1])
+                : std::vector<Array>(&leaving[e], &leaving[e] + count);
+      const std::vector<void*> dweights = pointers_of<void>(link.more);
+      StageBackward a = {};
+      a.stage = chain.part(s, e, count);
+      a.g = given.data(), a.z = &link.z[e];
+      a.by_g = moved(link.table.by_g, type, row);
+      if (link.table.training) {
+        a.by_z = moved(link.table.by_z, type, row);
+        a.constant = moved(link.table.constant, type, row);
+      }
+      if (s == last) a.factors = moved(pointer(factors), type, e * link.shape[0]);
+      a.dv = passed.data(), a.adds = s > 0 ? none.data() : &adds[e];
+      a.sums = s > 0 ? sums : nullptr;
+      a.ddepthwise = dweights.empty() ? nullptr : &dweights[e];
+      a.dpointwise = dweights.empty() ? nullptr : &dweights[chain.edges + e];
+      a.workspace = sums + 2 * count * before[1];
+      run(a, place);
+      if (s == 0) break;
+      const Chain::Link& under = chain.links[s - 1];
+      run(RowGradients{under.table, static_cast<int>(under.first) + e, count, sums}, place);
+      given = passed;
+    }
+  }
+}
+
+// Edges that are worked on together.
+int edges_together(int dtype, const Shape& shape, int edges, const Place& place) {
+  Array like = {};
+  like.dtype = static_cast<DType>(dtype);
+  std::copy(shape.begin(), shape.end(), like.shape);
+  return group_of(like, edges, kTensorsAnEdge, place);
+}
+
+// Doubles of buffer that `stages` or `stages_backward` needs for so many edges together.
+int64_t stages_buffer(int together, Shape shape,
+                      const std::vector<std::pair<Shape, Geometry>>& stages, bool backward,
+                      const Place& place) {
+  int64_t most = 0;
+  for (const auto& [out, geometry] : stages) {
+    most = std::max(most, stage_buffer(together, shape, out, geometry, backward, place));
+    shape = out;
+  }
+  return most;
 }
 
 }  // namespace
@@ -138,7 +295,10 @@ void define_cells(py::module_& module) {
   module.def("batch_norms", &batch_norms_at, "Rows of a cell's table.", released);
   module.def("node", &node_at, "out, z...", released);
   module.def("node_backward", &node_backward_at, "g, z...; rows of the table.", released);
-  module.def("norm_backward", &norm_backward_at, "Rows of the table.", released);
+  module.def("stages", &stages_at, "x..., z... of each stage; rows of the table.", released);
+  module.def("stages_backward", &stages_backward_at, "As stages; g..., dv...", released);
+  module.def("stages_buffer", &stages_buffer, "Doubles of buffer that one of the two needs.");
+  module.def("edges_together", &edges_together, "Edges that the two work on together.");
 }
 
 }  // namespace rdarts

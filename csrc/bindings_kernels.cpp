@@ -85,25 +85,6 @@ void node_sum_dq_at(int dtype, const Shape& shape, const Numbers& tensors, Addre
 
 using Rule = std::tuple<double, double, bool>;  // eps, momentum, training
 
-constexpr int64_t kNear = int64_t{12} << 20;  // bytes that stay in the last-level cache
-
-// Inputs that are worked on together. On the CPU they are so few that the second pass over them
-// finds them in the cache; there more inputs cost nothing, on a GPU a launch.
-int group_of(const Array& like, int inputs, int64_t tensors_an_input, const Place& place) {
-  if (place.device >= 0) return inputs;
-  const int64_t width = like.dtype == DType::kFloat64 ? 8 : 4;
-  const int64_t bytes = width * like.shape[0] * like.shape[1] * like.shape[2] * like.shape[3];
-  const int64_t fit = kNear / std::max<int64_t>(1, bytes * tensors_an_input);
-  return static_cast<int>(std::clamp<int64_t>(fit, 1, inputs));
-}
-
-size_t width_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }  // of a coefficient
-
-// `data` moved on by so many coefficients; null stays null.
-void* moved(void* data, DType dtype, int64_t by) {
-  return data ? static_cast<char*>(data) + by * width_of(dtype) : nullptr;
-}
-
 void fill_ones(void* data, DType dtype, int64_t count) {
   if (dtype == DType::kFloat64) std::fill_n(static_cast<double*>(data), count, 1.0);
   else std::fill_n(static_cast<float*>(data), count, 1.0f);

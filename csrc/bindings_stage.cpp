@@ -12,17 +12,6 @@ namespace py = pybind11;
 namespace rdarts {
 namespace {
 
-using Addresses = std::vector<Address>;
-using Geometry = std::tuple<int, int, int>;  // kernel, dilation, stride
-using Flags = std::vector<uint8_t>;
-
-template <typename T>
-std::vector<T*> pointers_of(const Addresses& addresses) {
-  std::vector<T*> pointers;
-  for (const Address address : addresses) pointers.push_back(pointer<T>(address));
-  return pointers;
-}
-
 // A stage, and the arrays that it points to.
 struct Operands {
   std::vector<Array> x;
@@ -41,13 +30,6 @@ struct Operands {
     stage.depthwise = weights.data(), stage.pointwise = weights.data() + x.size();
   }
 };
-
-void run(const StageForward& arguments, const Place& place) {
-  RDARTS_LAUNCH(sep_stage, arguments, place.threads);
-}
-void run(const StageBackward& arguments, const Place& place) {
-  RDARTS_LAUNCH(sep_stage_backward, arguments, place.threads);
-}
 
 void run(const MixingForward& arguments, const Place& place) {
   RDARTS_LAUNCH(mixing, arguments, place.threads);
@@ -161,7 +143,8 @@ int64_t mixing_buffer(int64_t edges, int64_t sources, int halves, const Shape& s
   return 16 * edges * (padded(out_channels) + 16) * sources * padded(shape[1]);
 }
 
-// Doubles of buffer that the forward or the backward needs: sums and workspace.
+}  // namespace
+
 int64_t stage_buffer(int64_t edges, const Shape& shape, const Shape& out_shape,
                      const Geometry& geometry, bool backward, const Place& place) {
   const int64_t channels = shape[1], out_channels = out_shape[1], samples = shape[0] + 1;
@@ -178,8 +161,6 @@ int64_t stage_buffer(int64_t edges, const Shape& shape, const Shape& out_shape,
   const int64_t weights = padded(channels) * taps + padded(out_channels) * channels;
   return edges * (2 * channels * samples + 16 * weights);
 }
-
-}  // namespace
 
 void define_stages(py::module_& module) {
   const auto released = py::call_guard<py::gil_scoped_release>();

@@ -94,7 +94,7 @@ class NormTable:
         native.extension.batch_norms(
             array.DTYPES[self.dtype],
             tuple(shape),
-            self._address(),
+            self.address(),
             first,
             [n for rows, g in sums for n in (rows.data_ptr() + 8 * g * channels, rows.stride(0))],
             [buffer.data_ptr() for pair in running for buffer in pair],
@@ -123,7 +123,7 @@ class NormTable:
             array.DTYPES[self.dtype],
             shape,
             array.flat((out, *z)),
-            self._address(),
+            self.address(),
             (terms.rows, terms.weights, terms.normalised, array.address(weights)),
             array.address(factors),
             None if drawn is None else drawn.native(backward=False),
@@ -155,7 +155,7 @@ class NormTable:
             array.DTYPES[self.dtype],
             shape,
             array.flat((g, *z)),
-            self._address(),
+            self.address(),
             (terms.rows, terms.weights, terms.normalised, array.address(weights)),
             () if drawn is None else drawn.indices,
             array.address(factors),
@@ -164,20 +164,6 @@ class NormTable:
             array.address(dweights),
             buffer.data_ptr(),
             place,
-        )
-
-    def norm_backward(self, first: int, shape: Sequence[int], sums: Tensor) -> None:
-        """Fill G rows from `first` on, from the sums [2, G, C] of the gradients of their normalised
-        values and of the same times those values.
-        """
-        native.extension.norm_backward(
-            array.DTYPES[self.dtype],
-            tuple(shape),
-            self._address(),
-            first,
-            sums.shape[1],
-            sums.data_ptr(),
-            native.place(self.device),
         )
 
     def affine(self, first: int, count: int, factors: Tensor | None = None) -> Affine:
@@ -193,6 +179,7 @@ class NormTable:
         by_g, by_z, constant = self.gradients[:, first : first + count].unbind()
         return by_g, by_z, constant
 
-    def _address(self) -> tuple[int, int, int, bool]:
+    def address(self) -> tuple[int, int, int, bool]:
+        """Return what the native functions take."""
         rows = self.statistics.shape[1]
         return self.statistics.data_ptr(), array.address(self.gradients), rows, self.training

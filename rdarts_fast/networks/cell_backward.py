@@ -15,7 +15,7 @@ from rdarts_fast.kernels.mixing import Sources, launch_mixing_backward
 from rdarts_fast.kernels.node_sum import launch_node_sum
 from rdarts_fast.kernels.norm_table import NormTable
 from rdarts_fast.kernels.pool import KINDS, launch_pool_adjoint
-from rdarts_fast.kernels.sep_stage import Operands, launch_sep_stage_backward
+from rdarts_fast.kernels.stages import launch_stages_backward
 from rdarts_fast.networks.cell_forward import CellPass, Kept, Setting, own_term
 from rdarts_fast.networks.plan import Pool, Reduction, Single, Source, Stages
 from rdarts_fast.spaces import INPUTS
@@ -140,31 +140,20 @@ class CellBackward(CellPass):
     def convolve_backward(self, state: Tensor, stages: Stages, ds: Tensor, adds: bool) -> None:
         """Go back through all stages of some separable convolutions, to the state's gradient."""
         count = len(stages.edges)
-        g, factors = self.gradients_into(stages.edges), self.factors_of(stages.edges)
-        for s in reversed(range(len(stages.rows))):
-            first, place = stages.rows[s], stages.parameters[s]
-            weights, scale, shift = self.parameters[place], None, None
-            if s == 0:
-                x, dv, adding = [state] * count, [ds] * count, [adds, *[True] * (count - 1)]
-            else:
-                before = stages.rows[s - 1]
-                x, (scale, shift) = self.z_of(before, count), self.kept.maps[before]
-                dv = [empty(z, z.shape, torch.channels_last) for z in x]
-                adding = [False] * count
-            sums, dweights = launch_sep_stage_backward(
-                Operands(x, weights[:count], weights[count:], stages.geometries[s], scale, shift),
-                g,
-                self.z_of(first, count) if self.training else [None] * count,
-                self.table.affine(first, count, factors),
-                dv,
-                adding,
-                wants_sums=s > 0,
-                wants_weights=self.wants_parameters,
-            )
-            self.dparameters[place] = self.given(dweights, place)
-            if sums is not None:
-                self.table.norm_backward(stages.rows[s - 1], x[0].shape, sums)
-            g, factors = dv, None
+        dweights = launch_stages_backward(
+            [state] * count,
+            self.links(stages, running=False),
+            [self.z_of(first, count) for first in stages.rows],
+            self.kept.maps[stages.rows[0]],
+            self.table,
+            self.gradients_into(stages.edges),
+            self.factors_of(stages.edges),
+            [ds] * count,
+            [adds, *[True] * (count - 1)],
+            wants_weights=self.wants_parameters,
+        )
+        for place, found in zip(stages.parameters, dweights, strict=True):
+            self.dparameters[place] = self.given(found, place)
 
     def z_of(self, first: int, count: int) -> list[Tensor]:
         """Return the tensors of `count` rows from `first` on."""

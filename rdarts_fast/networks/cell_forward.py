@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from rdarts_fast.draws import Draws
 from rdarts_fast.kernels.array import coefficient_dtype
 from rdarts_fast.kernels.mixing import Sources, launch_mixing
-from rdarts_fast.kernels.norm_table import Drawn, NormTable, Terms
+from rdarts_fast.kernels.norm_table import Drawn, NormTable, Running, Terms
 from rdarts_fast.kernels.pool import KINDS, launch_pools
-from rdarts_fast.kernels.sep_stage import Operands, launch_sep_stage
+from rdarts_fast.kernels.stages import Link, launch_stages
 from rdarts_fast.networks.plan import Plan, Reduction, Rule, Source, Stages
 from rdarts_fast.spaces import INPUTS
 
@@ -46,7 +46,7 @@ class Kept:
 
     z: dict[int, Tensor] = field(default_factory=dict)  # of each row
     states: dict[int, Tensor] = field(default_factory=dict)
-    maps: dict[int, Tensor] = field(default_factory=dict)  # first row -> scales, shifts [2, G, C]
+    maps: dict[int, Tensor] = field(default_factory=dict)  # first row -> [S, 2, G, C]
     places: dict[int, Tensor] = field(default_factory=dict)  # state -> where its maxima lie
     means: dict[int, Tensor] = field(default_factory=dict)  # state -> of its terms, [K, C]
     table: dict[int, Tensor] = field(default_factory=dict)  # 0 -> the statistics [2, R, C]
@@ -89,6 +89,18 @@ class CellPass:
         """Return drop path's factors of some edges, [len(edges), N]."""
         return None if self.factors is None else self.factors[edges]
 
+    def links(self, stages: Stages, *, running: bool) -> list[Link]:
+        """Return the stages of some separable convolutions."""
+        return [
+            Link(
+                geometry,
+                self.parameters[stages.parameters[s]],
+                stages.rows[s],
+                buffers_of(stages.norms(s)) if running else (),
+            )
+            for s, geometry in enumerate(stages.geometries)
+        ]
+
     def drawn(self, node: int) -> Drawn | None:
         """Return a node's noise."""
         found = self.plan.nodes[node]
@@ -101,6 +113,12 @@ class CellPass:
 def own_term(row: int) -> Terms:
     """Return the sum of one normalised tensor, that of a row: a preprocessed input."""
     return Terms((row,), (0,), (True,))
+
+
+def buffers_of(norms: Sequence[nn.BatchNorm2d]) -> list[Running]:
+    """Return the running means and variances."""
+    buffers: list[Any] = [norm._buffers for norm in norms]
+    return [(found["running_mean"], found["running_var"]) for found in buffers]
 
 
 class CellForward(CellPass):
@@ -164,16 +182,11 @@ class CellForward(CellPass):
 
     def convolve(self, state: Tensor, stages: Stages) -> None:
         """Compute all stages of some separable convolutions."""
-        count = len(stages.edges)
-        x, scale, shift = [state] * count, None, None
-        for s, geometry in enumerate(stages.geometries):
-            weights, first = self.parameters[stages.parameters[s]], stages.rows[s]
-            operands = Operands(x, weights[:count], weights[count:], geometry, scale, shift)
-            x, sums = launch_sep_stage(operands)
-            maps = self.normalise(first, x, sums, stages.norms(s), stages.rule)
-            if s + 1 < len(stages.geometries):
-                self.kept.maps[first] = maps
-                scale, shift = maps
+        x, links = [state] * len(stages.edges), self.links(stages, running=True)
+        z, maps = launch_stages(x, links, self.table, stages.rule)
+        for tensors, first in zip(z, stages.rows, strict=True):
+            self.kept.z.update(enumerate(tensors, first))
+        self.kept.maps[stages.rows[0]] = maps
 
     def mix(self, reduction: Reduction, sources: Sequence[Tensor]) -> list[Tensor]:
         """Compute FactorizedReduce or the 1x1 convolution of an input; return its z."""
@@ -201,13 +214,11 @@ class CellForward(CellPass):
         norms: Sequence[nn.BatchNorm2d],
         rule: Rule,
         places: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Give each z its row, from `first` on; return their scales and shifts [2, G, C].
+    ) -> None:
+        """Give each z its row, from `first` on.
 
         sums: [3, G', C]. places: of each z among the G'; in order where None.
         """
         self.kept.z.update(enumerate(z, first))
         pairs = [(sums, g) for g in (range(len(z)) if places is None else places)]
-        buffers: list[Any] = [norm._buffers for norm in norms]
-        running = [(found["running_mean"], found["running_var"]) for found in buffers]
-        return self.table.fill(first, z[0].shape, pairs, running, rule)
+        self.table.fill(first, z[0].shape, pairs, buffers_of(norms), rule)
