@@ -60,6 +60,43 @@ class Parts {
   int64_t used_ = 0;
 };
 
+// Memory that a call's threads share, laid out as `Layout(arguments..., parts)` takes its parts.
+template <typename T, typename Layout>
+class Packed {
+ public:
+  template <typename... Arguments>
+  explicit Packed(const Arguments&... arguments) {
+    Parts<T> needed;
+    Layout(arguments..., needed);
+    memory_.resize(needed.used() + kAligned);
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory_.data());
+    Parts<T> parts(reinterpret_cast<T*>((address + 63) / 64 * 64));
+    layout_ = Layout(arguments..., parts);
+  }
+  const Layout& operator*() const { return layout_; }
+  const Layout* operator->() const { return &layout_; }
+
+ private:
+  static constexpr int64_t kAligned = 64 / sizeof(T);
+  std::vector<T> memory_;
+  Layout layout_;
+};
+
+// Clears the border of `pad` pixels around an image [blocks, padded height, padded width, L].
+template <typename T>
+void clear_border(T* image, int blocks, int64_t height, int64_t width, int64_t pad) {
+  constexpr int64_t L = kVector<T>;
+  const int64_t row = (width + 2 * pad) * L, edge = pad * L;
+  for (int v = 0; v < blocks; ++v, image += (height + 2 * pad) * row) {
+    std::fill_n(image, pad * row, T(0));
+    std::fill_n(image + (pad + height) * row, pad * row, T(0));
+    for (int64_t y = pad; y < pad + height; ++y) {
+      std::fill_n(image + y * row, edge, T(0));
+      std::fill_n(image + (y + 1) * row - edge, edge, T(0));
+    }
+  }
+}
+
 // One sample of a tensor.
 template <typename T>
 class Pixels {
@@ -144,9 +181,8 @@ class Result {
 // Fills packed[blocks, L] with `channels` numbers and zeros.
 template <typename T>
 void pack_row(const void* row, int64_t channels, T* packed) {
-  const T* const numbers = static_cast<const T*>(row);
   std::fill_n(packed, blocks_of<T>(channels) * kVector<T>, T(0));
-  std::copy_n(numbers, channels, packed);
+  std::copy_n(static_cast<const T*>(row), channels, packed);
 }
 
 // A matrix [rows, columns] as the B of a product: [blocks of columns, rows, L].

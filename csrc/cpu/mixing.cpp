@@ -44,14 +44,13 @@ Array half_of(const Array& a, const Mixing& m, int half) {
   return part;
 }
 
-// One half of one edge.
+// One half of one edge, packed.
 template <typename T>
 struct Half {
   int64_t channels, first;  // of z
   int blocks;
   T* forward;   // B of the forward: [blocks of O, depth, L]
   T* backward;  // B of the backward: [blocks of all sources, O, L]
-  T *pivot, *sum, *square;
   GradientMap<T> map;
 
   Half(const Mixing& m, const Sizes& g, int half, Parts<T>& parts) {
@@ -61,7 +60,6 @@ struct Half {
     blocks = blocks_of<T>(channels);
     forward = parts.take(blocks * L * g.depth);
     backward = parts.take(channels * g.depth);
-    pivot = parts.take(blocks * L), sum = parts.take(blocks * L), square = parts.take(blocks * L);
     map = GradientMap<T>(blocks, parts);
   }
 
@@ -72,9 +70,9 @@ struct Half {
     const int64_t row = m.sources * g.channels;
     for (int64_t k = 0; k < g.depth; ++k) {
       const int64_t source = k / (g.blocks * L), c = k % (g.blocks * L);
+      const T* const column = w + source * g.channels + c;
       for (int64_t o = 0; o < blocks * L; ++o) {
-        const bool inside = o < channels && c < g.channels;
-        const T value = inside ? w[o * row + source * g.channels + c] : T(0);
+        const T value = o < channels && c < g.channels ? column[o * row] : T(0);
         forward[(o / L * g.depth + k) * L + o % L] = value;
         if (o < channels) backward[(k / L * channels + o) * L + k % L] = value;
       }
@@ -82,15 +80,14 @@ struct Half {
   }
 };
 
+// What a call's threads share.
 template <typename T>
-struct Memory {
-  T *y, *dy, *dz, *scale, *shift;
+struct Operands {
+  T *scale = nullptr, *shift = nullptr;
   std::vector<Half<T>> halves;  // [G, halves]
 
-  Memory(const Mixing& m, const Sizes& g, Parts<T>& parts) {
-    const int64_t tile = g.depth * g.tile();
-    y = parts.take(m.halves * tile), dy = parts.take(m.halves * tile);
-    dz = parts.take(blocks_of<T>(g.out_channels) * kVector<T> * g.tile());
+  Operands() = default;
+  Operands(const Mixing& m, const Sizes& g, Parts<T>& parts) {
     scale = parts.take(g.depth), shift = parts.take(g.depth);
     for (int i = 0; i < m.edges * m.halves; ++i) halves.emplace_back(m, g, i % m.halves, parts);
   }
@@ -107,17 +104,40 @@ struct Memory {
   }
 };
 
+// A thread's own.
+template <typename T>
+struct Memory {
+  const Operands<T>* operands;
+  T *y, *dy, *dz;
+  T *pivot, *sum, *square;  // [G, halves, blocks of O, L]
+
+  Memory(const Mixing& m, const Sizes& g, const Operands<T>& shared, Parts<T>& parts)
+      : operands(&shared) {
+    const int64_t tile = g.depth * g.tile();
+    y = parts.take(m.halves * tile), dy = parts.take(m.halves * tile);
+    dz = parts.take(blocks_of<T>(g.out_channels) * kVector<T> * g.tile());
+    const int64_t all = m.edges * m.halves * width(g);
+    pivot = parts.take(all), sum = parts.take(all), square = parts.take(all);
+  }
+
+  static int64_t width(const Sizes& g) { return blocks_of<T>(g.out_channels) * kVector<T>; }
+
+  void clear(const Mixing& m, const Sizes& g) const {
+    std::fill_n(sum, m.edges * m.halves * width(g), T(0));
+    std::fill_n(square, m.edges * m.halves * width(g), T(0));
+  }
+};
+
 // body(memory) in every thread, over the samples [from, to) of a chunk.
 template <typename T, typename Body>
-void in_chunks(const Mixing& m, const Sizes& g, int threads, const Body& body) {
+void in_chunks(const Mixing& m, const Sizes& g, const Operands<T>& operands, int threads,
+               const Body& body) {
   parallel_for(g.samples, chunk_of(g.samples), threads, [&](int64_t from, int64_t to) {
     Parts<T> needed;
-    Memory<T>(m, g, needed);
-    T* const memory = scratch<T>(needed.used());
-    std::fill_n(memory, needed.used(), T(0));
-    Parts<T> parts(memory);
-    const Memory<T> own(m, g, parts);
-    own.pack(m, g);
+    Memory<T>(m, g, operands, needed);
+    Parts<T> parts(scratch<T>(needed.used()));
+    const Memory<T> own(m, g, operands, parts);
+    own.clear(m, g);
     body(own, from, to);
   });
 }
@@ -134,7 +154,8 @@ void fill_tile(const Mixing& m, const Sizes& g, const Memory<T>& memory, int64_t
   constexpr int L = kVector<T>;
   for (int i = 0; i < m.sources * g.blocks; ++i) {
     const Pixels<T> x(m.x[i / g.blocks], n);
-    const Vec<T> scale = load(memory.scale + i * L), shift = load(memory.shift + i * L);
+    const Vec<T> scale = load(memory.operands->scale + i * L);
+    const Vec<T> shift = load(memory.operands->shift + i * L);
     for (int half = 0; half < m.halves; ++half) {
       T* to = memory.y + half * g.depth * g.tile() + i * g.tile() * L;
       const int64_t inside = columns_of(m, g, half);
@@ -173,22 +194,25 @@ void forward_sample(const MixingForward& a, const Sizes& g, const Memory<T>& mem
     Ahead ahead;
     fetch_rows<T>(m.x, m.sources, n, m.stride * (first + rows), m.stride * rows, ahead);
     int64_t tiles = 0;
-    for (const Half<T>& half : memory.halves) tiles += tiles_of<false>(pixels, half.blocks);
+    for (const Half<T>& half : memory.operands->halves) tiles += tiles_of<false>(pixels, half.blocks);
     ahead.spread(tiles);
     fill_tile(m, g, memory, n, first, rows);
     for (int i = 0; i < m.edges * m.halves; ++i) {
-      const Half<T>& half = memory.halves[i];
+      const Half<T>& half = memory.operands->halves[i];
       if (half.channels == 0) continue;
       T* const z = Result<T>(a.z[i / m.halves], n).pixel(first, 0) + half.first;
       const T* const y = memory.y + i % m.halves * g.depth * g.tile();
       Product<T> p = {y, g.tile() * L, half.forward, int64_t{g.depth} * L, z, L, offset,
                       pixels, g.depth, half.blocks};
       double* const at = sums + i / m.halves * own + half.first;
-      if (first == 0) take_pivot(p, half.pivot, half.channels, at + 2 * g.out_channels);
+      const int64_t own_sums = i * Memory<T>::width(g);
+      T *const pivot = memory.pivot + own_sums, *const sum = memory.sum + own_sums;
+      T* const square = memory.square + own_sums;
+      if (first == 0) take_pivot(p, pivot, half.channels, at + 2 * g.out_channels);
       p.ahead = &ahead;
-      multiply<false>(p, Summed<T>{half.pivot, half.sum, half.square, half.channels});
-      drain(half.sum, half.channels, at);
-      drain(half.square, half.channels, at + g.out_channels);
+      multiply<false>(p, Summed<T>{pivot, sum, square, half.channels});
+      drain(sum, half.channels, at);
+      drain(square, half.channels, at + g.out_channels);
     }
   }
 }
@@ -199,7 +223,9 @@ void forward_of(const MixingForward& a, int threads) {
   const Sizes g = sizes_of<T>(m, a.z[0]);
   std::vector<int> offset(g.tile());
   for (int64_t i = 0; i < g.tile(); ++i) offset[i] = static_cast<int>(i * g.out_channels);
-  in_chunks<T>(m, g, threads, [&](const Memory<T>& memory, int64_t from, int64_t to) {
+  const Packed<T, Operands<T>> packed(m, g);
+  packed->pack(m, g);
+  in_chunks<T>(m, g, *packed, threads, [&](const Memory<T>& memory, int64_t from, int64_t to) {
     for (int64_t n = from; n < to; ++n) {
       double* const sums = a.workspace + n * m.edges * 3 * g.out_channels;
       forward_sample(a, g, memory, n, offset.data(), sums);
@@ -218,6 +244,7 @@ void scatter_tile(const MixingBackward& a, const Sizes& g, const Memory<T>& memo
     if (!a.dv[i / g.blocks].data) continue;
     const Result<T> dv(a.dv[i / g.blocks], n);
     for (int half = 0; half < m.halves; ++half) {
+      if (memory.operands->halves[half].channels == 0) continue;
       const int64_t tile = half * g.depth * g.tile() + i * g.tile() * L;
       const int64_t inside = columns_of(m, g, half);
       const bool adds = a.adds[i / g.blocks] || m.stride > 1;
@@ -263,21 +290,21 @@ void backward_sample(const MixingBackward& a, const Sizes& g, const Memory<T>& m
     fetch_rows<T>(a.g, m.edges, n, first + rows, rows, ahead);
     if (a.by_z) fetch_rows<T>(a.z, m.edges, n, first + rows, rows, ahead);
     int64_t tiles = 0;
-    for (const Half<T>& half : memory.halves) {
+    for (const Half<T>& half : memory.operands->halves) {
       tiles += tiles_of<false>(pixels, g.depth / L);
       if (weights) tiles += tiles_of<true>(g.depth, half.blocks);
     }
     ahead.spread(tiles);
     fill_tile(m, g, memory, n, first, rows);
     for (int i = 0; i < m.edges * m.halves; ++i) {
-      const Half<T>& half = memory.halves[i];
+      const Half<T>& half = memory.operands->halves[i];
       if (half.channels == 0) continue;
       const int e = i / m.halves, side = i % m.halves;
       const Pixels<T> gradient(half_of<T>(a.g[e], m, side), n);
       const Pixels<T> z(half_of<T>(a.by_z ? a.z[e] : a.g[e], m, side), n);
-      half.map.take_factor(a.factors, e * g.samples + n);
-      gradient_rows(gradient, a.by_z ? &z : nullptr, half.map, first, rows, g.out_width, g.tile(),
-                    memory.dz);
+      const T factor = factor_at<T>(a.factors, e * g.samples + n);
+      gradient_rows(gradient, a.by_z ? &z : nullptr, half.map, factor, first, rows, g.out_width,
+                    g.tile(), memory.dz);
       const int64_t own = side * g.depth * g.tile();
       const Product<T> back = {memory.dz, tile, half.backward, half.channels * L, memory.dy + own,
                                tile, offset, pixels, static_cast<int>(half.channels), g.depth / L,
@@ -299,17 +326,15 @@ void unpack_weights(const MixingBackward& a, const Sizes& g, const T* partial, i
   constexpr int L = kVector<T>;
   const Mixing& m = a.mixing;
   const int64_t own = weight_sums<T>(m, g, m.edges * m.halves);
+  std::vector<double> total(own);
+  add_chunks(partial, chunks, own, total);
   for (int i = 0; i < m.edges * m.halves; ++i) {
     const int64_t first = weight_sums<T>(m, g, i), row = m.sources * g.channels;
     T* const to = static_cast<T*>(a.dweights[i]);
     for (int64_t o = 0; o < channels_of_half(m, g.out_channels, i % m.halves); ++o) {
       for (int64_t k = 0; k < row; ++k) {
         const int64_t at = k / g.channels * g.blocks * L + k % g.channels;
-        double sum = 0;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          sum += partial[chunk * own + first + (o / L * g.depth + at) * L + o % L];
-        }
-        to[o * row + k] = static_cast<T>(sum);
+        to[o * row + k] = static_cast<T>(total[first + (o / L * g.depth + at) * L + o % L]);
       }
     }
   }
@@ -324,14 +349,16 @@ void backward_of(const MixingBackward& a, int threads) {
   T* const partial = reinterpret_cast<T*>(a.workspace);  // [chunks, own]
   std::vector<int> offset(std::max<int64_t>(g.tile(), g.depth));
   for (size_t i = 0; i < offset.size(); ++i) offset[i] = static_cast<int>(i * kVector<T>);
-  in_chunks<T>(m, g, threads, [&](const Memory<T>& memory, int64_t from, int64_t to) {
+  const Packed<T, Operands<T>> packed(m, g);
+  packed->pack(m, g);
+  for (int i = 0; i < m.edges * m.halves; ++i) {
+    const Half<T>& half = packed->halves[i];
+    const int64_t first = i / m.halves * g.out_channels + half.first;
+    half.map.pack(a.by_g, a.by_z, a.constant, first, half.channels);
+  }
+  in_chunks<T>(m, g, *packed, threads, [&](const Memory<T>& memory, int64_t from, int64_t to) {
     T* const weights = a.dweights ? partial + from / chunk * own : nullptr;
     if (weights) std::fill_n(weights, own, T(0));
-    for (int i = 0; i < m.edges * m.halves; ++i) {
-      const Half<T>& half = memory.halves[i];
-      const int64_t first = i / m.halves * g.out_channels + half.first;
-      half.map.pack(a.by_g, a.by_z, a.constant, first, half.channels);
-    }
     for (int64_t n = from; n < to; ++n) {
       backward_sample(a, g, memory, n, offset.data(), weights);
     }

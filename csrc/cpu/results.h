@@ -79,40 +79,52 @@ inline void combine(const double* partial /* [N, G, 3, O] */, int64_t samples, i
   }
 }
 
+// total[i] = the sum over chunks of partial[chunk * step + i], added in their order.
+template <typename T>
+void add_chunks(const T* partial, int64_t chunks, int64_t step, std::vector<double>& total) {
+  std::fill(total.begin(), total.end(), 0.0);
+  const int64_t size = static_cast<int64_t>(total.size());
+  double* const sums = total.data();
+  for (int64_t chunk = 0; chunk < chunks; ++chunk, partial += step) {
+    for (int64_t i = 0; i < size; ++i) sums[i] += partial[i];
+  }
+}
+
 // dz = factor * by_g * g + by_z * z + constant of one edge, its coefficients in blocks [blocks, L].
 template <typename T>
 struct GradientMap {
   int blocks = 0;
-  T *by_g = nullptr, *by_z = nullptr, *constant = nullptr, *factor = nullptr;
+  T *by_g = nullptr, *by_z = nullptr, *constant = nullptr;
 
   GradientMap() = default;
   GradientMap(int count, Parts<T>& parts) : blocks(count) {
     constexpr int64_t L = kVector<T>;
     by_g = parts.take(blocks * L), by_z = parts.take(blocks * L);
-    constant = parts.take(blocks * L), factor = parts.take(1);
+    constant = parts.take(blocks * L);
   }
 
   // Takes `channels` numbers of each table from `first` on; a null table is ones, zeros, zeros.
   void pack(const void* g, const void* z, const void* rest, int64_t first, int64_t channels) const {
     const auto row = [&](const void* table, T absent, T* packed) {
       if (table) pack_row<T>(row_of<T>(table, first, 1), channels, packed);
-      else std::fill_n(packed, channels, absent);
+      else std::fill_n(packed, blocks * kVector<T>, absent);
     };
     row(g, T(1), by_g), row(z, T(0), by_z), row(rest, T(0), constant);
   }
-
-  void take_factor(const void* factors, int64_t at) const {
-    *factor = factors ? *row_of<T>(factors, at, 1) : T(1);
-  }
 };
+
+template <typename T>
+T factor_at(const void* factors, int64_t at) {
+  return factors ? *row_of<T>(factors, at, 1) : T(1);
+}
 
 // dz[blocks, tile, L] on `rows` rows of a sample.
 template <typename T>
-void gradient_rows(const Pixels<T>& g, const Pixels<T>* z, const GradientMap<T>& map, int64_t first,
-                   int64_t rows, int64_t width, int64_t tile, T* dz) {
+void gradient_rows(const Pixels<T>& g, const Pixels<T>* z, const GradientMap<T>& map, T factor,
+                   int64_t first, int64_t rows, int64_t width, int64_t tile, T* dz) {
   constexpr int L = kVector<T>;
   for (int v = 0; v < map.blocks; ++v) {
-    const Vec<T> by_g = load(map.by_g + v * L) * *map.factor;
+    const Vec<T> by_g = load(map.by_g + v * L) * factor;
     const Vec<T> by_z = load(map.by_z + v * L), constant = load(map.constant + v * L);
     for (int64_t row = 0; row < rows; ++row) {
       T* const to = dz + (v * tile + row * width) * L;

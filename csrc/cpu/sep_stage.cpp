@@ -87,26 +87,64 @@ inline int64_t rows_of(const Sizes& g, int64_t first, int64_t rows) {
   return std::min(rows * g.stride, g.height - first * g.stride);
 }
 
+// An edge's operands as the kernels take them; what a direction does not need is empty.
+template <typename T>
+struct Edge {
+  T *taps = nullptr, *turned = nullptr, *matrix = nullptr, *scale = nullptr, *shift = nullptr;
+  GradientMap<T> map;  // backward
+
+  Edge() = default;
+  Edge(const Sizes& g, bool backward, Parts<T>& parts) {
+    constexpr int64_t L = kVector<T>;
+    taps = parts.take(g.in * g.taps * L), turned = parts.take(g.in * g.taps * L);
+    matrix = parts.take(backward ? g.in * g.out_channels * L : g.out * g.channels * L);
+    scale = parts.take(g.in * L), shift = parts.take(g.in * L);
+    if (backward) map = GradientMap<T>(g.out, parts);
+  }
+
+  void pack(const Stage& s, const Sizes& g, int e) const {
+    pack_taps<T>(s.depthwise[e], g.channels, g.taps, false, taps);
+    if (!s.scale) return;
+    pack_row<T>(row_of<T>(s.scale, e, g.channels), g.channels, scale);
+    pack_row<T>(row_of<T>(s.shift, e, g.channels), g.channels, shift);
+  }
+};
+
+template <typename T>
+struct Edges {
+  std::vector<Edge<T>> edges;
+
+  Edges() = default;
+  Edges(const Sizes& g, int count, bool backward, Parts<T>& parts) {
+    for (int e = 0; e < count; ++e) edges.emplace_back(g, backward, parts);
+  }
+};
+
+// A thread's own memory.
 template <typename T>
 struct ForwardMemory {
-  T *image, *d, *taps, *matrix, *scale, *shift, *pivot, *sum, *square;
+  T *image, *d, *pivot, *sum, *square;
 
   ForwardMemory(const Sizes& g, Parts<T>& parts) {
     constexpr int64_t L = kVector<T>;
     image = parts.take(g.in * g.padded_pixels * L);
     d = parts.take(g.in * g.tile() * L);
-    taps = parts.take(g.in * g.taps * L);
-    matrix = parts.take(g.out * g.channels * L);
-    scale = parts.take(g.in * L), shift = parts.take(g.in * L);
     pivot = parts.take(g.out * L), sum = parts.take(g.out * L), square = parts.take(g.out * L);
+  }
+
+  void clear(const Sizes& g) const {
+    clear_border(image, g.in, g.height, g.width, g.pad);
+    std::fill_n(sum, g.out * kVector<T>, T(0));
+    std::fill_n(square, g.out * kVector<T>, T(0));
   }
 };
 
 // One sample of one edge whose image is filled; sums: [3, O] of this sample. next: what the image of
 // the one after it is filled from, or null.
 template <typename T>
-void forward_sample(const Depthwise<T>& kernel, const Sizes& g, const ForwardMemory<T>& m, const Array& z,
-                    int64_t n, const int* offset, double* sums, const Pixels<T>* next) {
+void forward_sample(const Depthwise<T>& kernel, const Sizes& g, const Edge<T>& edge,
+                    const ForwardMemory<T>& m, const Array& z, int64_t n, const int* offset,
+                    double* sums, const Pixels<T>* next) {
   constexpr int L = kVector<T>;
   const Result<T> result(z, n);
   std::fill_n(sums, 2 * g.out_channels, 0.0);
@@ -116,8 +154,8 @@ void forward_sample(const Depthwise<T>& kernel, const Sizes& g, const ForwardMem
     Ahead ahead;
     if (next) next->fetch(ahead, first * g.stride, rows_of(g, first, rows));
     ahead.spread(tiles_of<false>(pixels, g.out));
-    convolve_rows(kernel, m.image, g, m.taps, first, rows, m.d);
-    Product<T> p = {m.d, g.tile() * L, m.matrix, g.channels * L, result.pixel(first, 0), L, offset,
+    convolve_rows(kernel, m.image, g, edge.taps, first, rows, m.d);
+    Product<T> p = {m.d, g.tile() * L, edge.matrix, g.channels * L, result.pixel(first, 0), L, offset,
                     pixels, static_cast<int>(g.channels), g.out};
     if (first == 0) take_pivot(p, m.pivot, g.out_channels, sums + 2 * g.out_channels);
     p.ahead = &ahead;
@@ -135,27 +173,26 @@ void forward_of(const StageForward& a, int threads) {
   const int64_t own = 3 * g.out_channels, pixels = g.out_height * g.out_width;
   std::vector<int> offset(g.tile());
   for (int64_t i = 0; i < g.tile(); ++i) offset[i] = static_cast<int>(i * g.out_channels);
+  const Packed<T, Edges<T>> packed(g, s.edges, false);
+  for (int e = 0; e < s.edges; ++e) {
+    packed->edges[e].pack(s, g, e);
+    const T* const w = static_cast<const T*>(s.pointwise[e]);
+    pack_matrix<T>(w, g.channels, g.out_channels, 1, g.channels, packed->edges[e].matrix);
+  }
   parallel_for(g.samples, chunk_of(g.samples), threads, [&](int64_t from, int64_t to) {
     Parts<T> needed;
     ForwardMemory<T>(g, needed);
-    T* const memory = scratch<T>(needed.used());
-    std::fill_n(memory, needed.used(), T(0));
-    Parts<T> parts(memory);
+    Parts<T> parts(scratch<T>(needed.used()));
     const ForwardMemory<T> m(g, parts);
+    m.clear(g);
     for (int e = 0; e < s.edges; ++e) {
-      const T* const w = static_cast<const T*>(s.pointwise[e]);
-      pack_taps<T>(s.depthwise[e], g.channels, g.taps, false, m.taps);
-      pack_matrix<T>(w, g.channels, g.out_channels, 1, g.channels, m.matrix);
-      if (s.scale) {
-        pack_row<T>(row_of<T>(s.scale, e, g.channels), g.channels, m.scale);
-        pack_row<T>(row_of<T>(s.shift, e, g.channels), g.channels, m.shift);
-      }
+      const Edge<T>& edge = packed->edges[e];
       for (int64_t n = from; n < to; ++n) {
-        fill_image(Pixels<T>(s.x[e], n), g, s.scale ? m.scale : nullptr, m.shift, m.image);
+        fill_image(Pixels<T>(s.x[e], n), g, s.scale ? edge.scale : nullptr, edge.shift, m.image);
         double* const sums = a.workspace + (n * s.edges + e) * own;
         const Pixels<T> next(s.x[e], n + 1);
         const Pixels<T>* const ahead = n + 1 < to ? &next : nullptr;
-        forward_sample(kernel, g, m, a.z[e], n, offset.data(), sums, ahead);
+        forward_sample(kernel, g, edge, m, a.z[e], n, offset.data(), sums, ahead);
       }
     }
   });
@@ -164,8 +201,7 @@ void forward_of(const StageForward& a, int threads) {
 
 template <typename T>
 struct BackwardMemory {
-  T *image, *dimage, *out, *d, *dz, *taps, *turned, *matrix, *scale, *shift;
-  GradientMap<T> map;
+  T *image, *dimage, *out, *d, *dz;
 
   BackwardMemory(const Sizes& g, Parts<T>& parts) {
     constexpr int64_t L = kVector<T>;
@@ -173,10 +209,11 @@ struct BackwardMemory {
     dimage = parts.take((g.stride == 2 ? g.in * g.padded_pixels : g.width) * L);
     out = parts.take(g.in * g.out_padded_pixels * L);
     d = parts.take(g.in * g.tile() * L), dz = parts.take(g.out * g.tile() * L);
-    taps = parts.take(g.in * g.taps * L), turned = parts.take(g.in * g.taps * L);
-    matrix = parts.take(g.in * g.out_channels * L);
-    scale = parts.take(g.in * L), shift = parts.take(g.in * L);
-    map = GradientMap<T>(g.out, parts);
+  }
+
+  void clear(const Sizes& g) const {
+    clear_border(image, g.in, g.height, g.width, g.pad);
+    clear_border(out, g.in, g.out_height, g.out_width, g.out_pad);
   }
 };
 
@@ -212,25 +249,28 @@ void fetch_next(const StageBackward& a, const Sizes& g, int e, int64_t n, int64_
 // The gradient of d of a sample, and what the weights get of it.
 template <typename T>
 void through_pointwise(const StageBackward& a, const Depthwise<T>& kernel, const Sizes& g,
-                       const BackwardMemory<T>& m, int e, int64_t n, bool last, const Offsets& offset,
+                       const Edge<T>& edge, const BackwardMemory<T>& m, int e, int64_t n, bool last,
+                       const Offsets& offset,
                        const WeightSums<T>* weights) {
   constexpr int L = kVector<T>;
   const int channels = static_cast<int>(g.channels), out = static_cast<int>(g.out_channels);
   const Pixels<T> gradient(a.g[e], n), z(a.by_z ? a.z[e] : a.g[e], n);
+  const T factor = factor_at<T>(a.factors, e * g.samples + n);
   for (int64_t first = 0; first < g.out_height; first += g.tile_rows) {
     const int64_t rows = std::min(g.tile_rows, g.out_height - first);
     const int pixels = static_cast<int>(rows * g.out_width);
     Ahead ahead;
     fetch_next<T>(a, g, e, n, first, rows, last, ahead);
     ahead.spread(tiles_of<false>(pixels, g.in) + (weights ? tiles_of<true>(channels, g.out) : 0));
-    gradient_rows(gradient, a.by_z ? &z : nullptr, m.map, first, rows, g.out_width, g.tile(), m.dz);
+    gradient_rows(gradient, a.by_z ? &z : nullptr, edge.map, factor, first, rows, g.out_width,
+                  g.tile(), m.dz);
     T* const to = m.out + ((first + g.out_pad) * g.out_padded_width + g.out_pad) * L;
-    multiply<false>(Product<T>{m.dz, g.tile() * L, m.matrix, g.out_channels * L, to,
+    multiply<false>(Product<T>{m.dz, g.tile() * L, edge.matrix, g.out_channels * L, to,
                                g.out_padded_pixels * L, offset.pixel.data(), pixels, out, g.in,
                                &ahead},
                     Replace{});
     if (!weights) continue;
-    convolve_rows(kernel, m.image, g, m.taps, first, rows, m.d);
+    convolve_rows(kernel, m.image, g, edge.taps, first, rows, m.d);
     multiply<true>(Product<T>{m.d, g.tile() * L, m.dz, g.tile() * L, weights->matrix, channels * L,
                               offset.channel.data(), channels, pixels, g.out, &ahead},
                    Add{});
@@ -249,7 +289,8 @@ void through_pointwise(const StageBackward& a, const Depthwise<T>& kernel, const
 // The gradient of v of a sample from that of d.
 template <typename T>
 void through_depthwise(const StageBackward& a, const Depthwise<T>& kernel, const Sizes& g,
-                       const BackwardMemory<T>& m, int e, int64_t n, double* sums /* [2, C] */) {
+                       const Edge<T>& edge, const BackwardMemory<T>& m, int e, int64_t n,
+                       double* sums /* [2, C] */) {
   constexpr int L = kVector<T>;
   const bool wanted = a.dv[e].data, adds = a.adds[e];
   const Result<T> result(wanted ? a.dv[e] : a.stage.x[e], n);  // written only where wanted
@@ -258,7 +299,7 @@ void through_depthwise(const StageBackward& a, const Depthwise<T>& kernel, const
     const int64_t block = v * g.padded_pixels, out_block = v * g.out_padded_pixels;
     for (int64_t row = 0; g.stride == 2 && row < g.out_height; ++row) {
       kernel.scatter(m.dimage + (block + row * 2 * g.padded_width) * L, g.padded_width,
-                     m.taps + v * g.taps * L, m.out + (out_block + row * g.out_width) * L,
+                     edge.taps + v * g.taps * L, m.out + (out_block + row * g.out_width) * L,
                      g.out_width);
     }
     for (int64_t row = 0; row < g.height; ++row) {
@@ -266,7 +307,7 @@ void through_depthwise(const StageBackward& a, const Depthwise<T>& kernel, const
       const T *const y = m.image + at * L, *dv = m.dimage + at * L;
       if (g.stride == 1) {
         kernel.convolve_back(m.out + (out_block + row * g.out_padded_width) * L,
-                             g.out_padded_width, m.turned + v * g.taps * L, g.width, m.dimage);
+                             g.out_padded_width, edge.turned + v * g.taps * L, g.width, m.dimage);
         dv = m.dimage;
       }
       Vec<T> sum = {}, product = {};
@@ -286,20 +327,6 @@ void through_depthwise(const StageBackward& a, const Depthwise<T>& kernel, const
   }
 }
 
-template <typename T>
-void pack_edge(const StageBackward& a, const Sizes& g, const BackwardMemory<T>& m, int e) {
-  const Stage& s = a.stage;
-  const T* const w = static_cast<const T*>(s.pointwise[e]);
-  pack_taps<T>(s.depthwise[e], g.channels, g.taps, false, m.taps);
-  pack_taps<T>(s.depthwise[e], g.channels, g.taps, true, m.turned);
-  pack_matrix<T>(w, g.out_channels, g.channels, g.channels, 1, m.matrix);
-  if (s.scale) {
-    pack_row<T>(row_of<T>(s.scale, e, g.channels), g.channels, m.scale);
-    pack_row<T>(row_of<T>(s.shift, e, g.channels), g.channels, m.shift);
-  }
-  m.map.pack(a.by_g, a.by_z, a.constant, e * g.out_channels, g.out_channels);
-}
-
 // Numbers of the gradients of one edge's weights in a chunk.
 template <typename T>
 int64_t weight_sums(const Sizes& g) {
@@ -310,18 +337,15 @@ template <typename T>
 void unpack_weights(const StageBackward& a, const Sizes& g, const T* partial, int64_t chunks) {
   constexpr int L = kVector<T>;
   const int64_t own = weight_sums<T>(g), first = static_cast<int64_t>(g.in) * g.taps * L;
+  std::vector<double> total(own);
   for (int e = 0; e < a.stage.edges; ++e) {
-    const auto total = [&](int64_t at) {
-      double sum = 0;
-      for (int64_t i = 0; i < chunks; ++i) sum += partial[(i * a.stage.edges + e) * own + at];
-      return static_cast<T>(sum);
-    };
+    add_chunks(partial + e * own, chunks, a.stage.edges * own, total);
     T* const taps = static_cast<T*>(a.ddepthwise[e]);
     T* const matrix = static_cast<T*>(a.dpointwise[e]);
     for (int64_t c = 0; c < g.channels; ++c) {
-      for (int t = 0; t < g.taps; ++t) taps[c * g.taps + t] = total((c / L * g.taps + t) * L + c % L);
+      for (int t = 0; t < g.taps; ++t) taps[c * g.taps + t] = total[(c / L * g.taps + t) * L + c % L];
       for (int64_t o = 0; o < g.out_channels; ++o) {
-        matrix[o * g.channels + c] = total(first + (o / L * g.channels + c) * L + o % L);
+        matrix[o * g.channels + c] = total[first + (o / L * g.channels + c) * L + o % L];
       }
     }
   }
@@ -344,37 +368,44 @@ void backward_of(const StageBackward& a, int threads) {
   for (int64_t c = 0; c < g.channels; ++c) {
     offset.channel.push_back(static_cast<int>(c * kVector<T>));
   }
+  const Packed<T, Edges<T>> packed(g, s.edges, true);
+  for (int e = 0; e < s.edges; ++e) {
+    const Edge<T>& edge = packed->edges[e];
+    edge.pack(s, g, e);
+    pack_taps<T>(s.depthwise[e], g.channels, g.taps, true, edge.turned);
+    pack_matrix<T>(static_cast<const T*>(s.pointwise[e]), g.out_channels, g.channels, g.channels, 1,
+                   edge.matrix);
+    edge.map.pack(a.by_g, a.by_z, a.constant, e * g.out_channels, g.out_channels);
+  }
   parallel_for(g.samples, chunk, threads, [&](int64_t from, int64_t to) {
     Parts<T> needed;
     BackwardMemory<T>(g, needed);
-    T* const memory = scratch<T>(needed.used());
-    std::fill_n(memory, needed.used(), T(0));
-    Parts<T> parts(memory);
+    Parts<T> parts(scratch<T>(needed.used()));
     const BackwardMemory<T> m(g, parts);
+    m.clear(g);
     for (int e = 0; e < s.edges; ++e) {
-      pack_edge(a, g, m, e);
+      const Edge<T>& edge = packed->edges[e];
       T* const first = partial + (from / chunk * s.edges + e) * own;
       const WeightSums<T> weights = {first, first + static_cast<int64_t>(g.in) * g.taps * kVector<T>};
       if (a.ddepthwise) std::fill_n(first, own, T(0));
       for (int64_t n = from; n < to; ++n) {
         double* const own_sums = a.sums ? partial_sums + (n * s.edges + e) * sums : nullptr;
         if (own_sums) std::fill_n(own_sums, sums, 0.0);
-        fill_image(Pixels<T>(s.x[e], n), g, s.scale ? m.scale : nullptr, m.shift, m.image);
-        m.map.take_factor(a.factors, e * g.samples + n);
-        through_pointwise(a, kernel, g, m, e, n, n + 1 == to, offset,
+        fill_image(Pixels<T>(s.x[e], n), g, s.scale ? edge.scale : nullptr, edge.shift, m.image);
+        through_pointwise(a, kernel, g, edge, m, e, n, n + 1 == to, offset,
                           a.ddepthwise ? &weights : nullptr);
-        if (a.dv[e].data || own_sums) through_depthwise(a, kernel, g, m, e, n, own_sums);
+        if (a.dv[e].data || own_sums) through_depthwise(a, kernel, g, edge, m, e, n, own_sums);
       }
     }
   });
   if (a.ddepthwise) unpack_weights(a, g, partial, chunks);
   if (!a.sums) return;
-  const int64_t all = s.edges * g.channels;
-  std::fill_n(a.sums, 2 * all, 0.0);
+  std::fill_n(a.sums, s.edges * sums, 0.0);
   for (int64_t i = 0; i < g.samples * s.edges; ++i) {
-    for (int64_t c = 0; c < sums; ++c) {
-      a.sums[c / g.channels * all + i % s.edges * g.channels + c % g.channels] +=
-          partial_sums[i * sums + c];
+    double* const first = a.sums + i % s.edges * g.channels;
+    const double* const own_sums = partial_sums + i * sums;
+    for (int64_t c = 0; c < g.channels; ++c) {
+      first[c] += own_sums[c], first[s.edges * g.channels + c] += own_sums[g.channels + c];
     }
   }
 }
