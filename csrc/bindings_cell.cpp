@@ -207,7 +207,8 @@ void stages_at(int dtype, const Shape& shape, const Numbers& x, const std::vecto
     for (size_t s = 0; s < chain.links.size(); ++s) {
       const Chain::Link& link = chain.links[s];
       const int64_t channels = link.shape[1];
-      run(StageForward{chain.part(s, e, count), &link.z[e], sums, sums + 3 * count * channels},
+      run(StageForward{chain.part(s, e, count), &link.z[e], sums, sums + 3 * count * channels,
+                       s + 1 < chain.links.size()},
           place);
       Numbers rows;
       for (int k = 0; k < count; ++k) {

@@ -149,13 +149,16 @@ class Result {
  public:
   Result(const Array& a, int64_t sample)
       : data_(static_cast<T*>(a.data) + sample * a.shape[1] * a.shape[2] * a.shape[3]),
-        channels_(a.shape[1]), width_(a.shape[3]) {}
+        channels_(a.shape[1]), width_(a.shape[3]),
+        aligned_(reinterpret_cast<uintptr_t>(a.data) % kWideBytes == 0 &&
+                 channels_ % kVector<T> == 0) {}
 
+  bool aligned() const { return aligned_; }
   T* pixel(int64_t row, int64_t column) const { return data_ + (row * width_ + column) * channels_; }
 
   // Puts value(i), a block v of channels, at `count` columns of a row, from `first` on in steps of
-  // `step`, or adds it to what is there.
-  template <typename Value>
+  // `step`, or adds it to what is there. past_cache: it is not read soon; end with finish_stores().
+  template <bool past_cache = false, typename Value>
   RDARTS_METHOD void along(int64_t row, int64_t count, int v, bool adds, const Value& value,
                            int64_t first = 0, int64_t step = 1) const {
     constexpr int L = kVector<T>;
@@ -168,6 +171,8 @@ class Result {
       }
     } else if (adds) {
       for (int64_t i = 0; i < count; ++i, to += next) store<T>(to, load(to) + value(i));
+    } else if (past_cache && aligned_) {
+      for (int64_t i = 0; i < count; ++i, to += next) store_past_cache<T>(to, value(i));
     } else {
       for (int64_t i = 0; i < count; ++i, to += next) store<T>(to, value(i));
     }
@@ -176,6 +181,7 @@ class Result {
  private:
   T* data_;
   int64_t channels_, width_;
+  bool aligned_;  // every block of channels, to a vector
 };
 
 // Fills packed[blocks, L] with `channels` numbers and zeros.

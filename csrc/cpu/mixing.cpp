@@ -251,7 +251,7 @@ void scatter_tile(const MixingBackward& a, const Sizes& g, const Memory<T>& memo
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t to = m.stride * (first + row) + half, from = tile + row * g.out_width * L;
         if (to >= g.height) continue;
-        dv.along(to, inside, i % g.blocks, adds, [&](int64_t column) {
+        dv.template along<true>(to, inside, i % g.blocks, adds, [&](int64_t column) {
           const int64_t at = from + column * L;
           return where_passed<T>(load(memory.dy + at), load(memory.y + at));
         }, half, m.stride);
@@ -362,6 +362,7 @@ void backward_of(const MixingBackward& a, int threads) {
     for (int64_t n = from; n < to; ++n) {
       backward_sample(a, g, memory, n, offset.data(), weights);
     }
+    finish_stores();
   });
   if (a.dweights) unpack_weights(a, g, partial, chunks);
 }

@@ -20,6 +20,7 @@ struct Summed {
   T* sum;
   T* square;
   int64_t channels;
+  bool past_cache = false;  // then every vector of z is aligned
 
   template <int rows, int wide, typename>
   RDARTS_METHOD void operator()(const Product<T>& p, int m, int j, Vec<T> (&value)[rows][wide]) const {
@@ -32,7 +33,8 @@ struct Summed {
       RDARTS_UNROLL
       for (int r = 0; r < rows; ++r) {
         T* const c = p.c + at + p.offset[m + r];
-        if (channels - at >= L) store<T>(c, value[r][i]);
+        if (past_cache) store_past_cache<T>(c, value[r][i]);
+        else if (channels - at >= L) store<T>(c, value[r][i]);
         else store_part<T>(c, value[r][i], channels - at);
         const Vec<T> centred = value[r][i] - middle;
         s += centred, q += centred * centred;

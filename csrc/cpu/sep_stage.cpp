@@ -144,7 +144,7 @@ struct ForwardMemory {
 template <typename T>
 void forward_sample(const Depthwise<T>& kernel, const Sizes& g, const Edge<T>& edge,
                     const ForwardMemory<T>& m, const Array& z, int64_t n, const int* offset,
-                    double* sums, const Pixels<T>* next) {
+                    double* sums, const Pixels<T>* next, bool read_soon) {
   constexpr int L = kVector<T>;
   const Result<T> result(z, n);
   std::fill_n(sums, 2 * g.out_channels, 0.0);
@@ -159,7 +159,8 @@ void forward_sample(const Depthwise<T>& kernel, const Sizes& g, const Edge<T>& e
                     pixels, static_cast<int>(g.channels), g.out};
     if (first == 0) take_pivot(p, m.pivot, g.out_channels, sums + 2 * g.out_channels);
     p.ahead = &ahead;
-    multiply<false>(p, Summed<T>{m.pivot, m.sum, m.square, g.out_channels});
+    multiply<false>(p, Summed<T>{m.pivot, m.sum, m.square, g.out_channels,
+                                 !read_soon && result.aligned()});
     drain(m.sum, g.out_channels, sums);
     drain(m.square, g.out_channels, sums + g.out_channels);
   }
@@ -192,9 +193,10 @@ void forward_of(const StageForward& a, int threads) {
         double* const sums = a.workspace + (n * s.edges + e) * own;
         const Pixels<T> next(s.x[e], n + 1);
         const Pixels<T>* const ahead = n + 1 < to ? &next : nullptr;
-        forward_sample(kernel, g, edge, m, a.z[e], n, offset.data(), sums, ahead);
+        forward_sample(kernel, g, edge, m, a.z[e], n, offset.data(), sums, ahead, a.read_soon);
       }
     }
+    finish_stores();
   });
   combine(a.workspace, g.samples, s.edges, pixels, g.out_channels, a.sums);
 }

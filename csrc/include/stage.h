@@ -31,6 +31,7 @@ struct StageForward {
   const Array* z;  // [G], each [N, O, H', W']
   double* sums;    // [3, G, O]: sum of (z - pivot), of its square, the pivots
   double* workspace;
+  bool read_soon = true;  // else z need not stay in the CPU's cache
 };
 
 // The gradient of z_g, from that of what z_g enters:
