@@ -61,18 +61,41 @@ def unchanged(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
                 torch._foreach_copy_(list(tensors), saved)
 
 
+@contextmanager
+def frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Let losses have no gradient in the parameters, so that no pass forms one."""
+    moved = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in moved:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in moved:
+            parameter.requires_grad_(True)
+
+
 def first_order(
-    validation_loss: Loss, alphas: Sequence[Tensor], buffers: Sequence[Tensor] = ()
+    validation_loss: Loss,
+    alphas: Sequence[Tensor],
+    buffers: Sequence[Tensor] = (),
+    parameters: Sequence[Tensor] = (),
 ) -> AlphaGradient:
     """Return dL_val/dalpha at the present weights (DARTS, section 2.3, eta = 0).
 
     alphas: [E, O] each. buffers: what a forward pass moves (batch-norm statistics), put back bit
-    for bit.
+    for bit. parameters: the weights, of which no gradient is formed.
     """
-    with unchanged(buffers):
+    with unchanged(buffers), frozen(parameters):
         loss = validation_loss()
-        gradient = torch.autograd.grad(loss, list(alphas), materialize_grads=True)
-    return AlphaGradient(list(gradient), loss.detach())
+        gradient = _gradient(loss, alphas)
+    return AlphaGradient(gradient, loss.detach())
+
+
+def _gradient(loss: Tensor, alphas: Sequence[Tensor]) -> list[Tensor]:
+    """Return dloss/dalpha, zeros where there is none."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(alpha) for alpha in alphas]
+    return list(torch.autograd.grad(loss, list(alphas), materialize_grads=True))
 
 
 def second_order(
@@ -132,13 +155,12 @@ def implicit_term(
     if norm == 0.0:
         return [torch.zeros_like(alpha) for alpha in alphas]
     epsilon = epsilon_scale / norm
-    with unchanged(parameters) as at_w:
+    with unchanged(parameters) as at_w, frozen(parameters):
         sides = []
         for sign in (1.0, -1.0):
             with torch.no_grad():
                 torch._foreach_copy_(parameters, at_w)
                 torch._foreach_add_(parameters, vector, alpha=sign * epsilon)
-            gradient = torch.autograd.grad(training_loss(), list(alphas), materialize_grads=True)
-            sides.append(list(gradient))
+            sides.append(_gradient(training_loss(), alphas))
         difference = torch._foreach_sub(sides[0], sides[1])
         return list(torch._foreach_div(difference, 2.0 * epsilon))

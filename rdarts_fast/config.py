@@ -80,8 +80,8 @@ class SearchConfig(RunConfig):
 
     space: str = "s4"
     """s1 to s4, s5 (the paper's), darts (8 operations; the official code's s5), or a .json file."""
-    backend: Literal["reference", "fused"] = "reference"
-    """reference: one torch module per candidate, as published; fused: nodes summed by kernels."""
+    backend: Literal["fused", "reference"] = "fused"
+    """fused: whole cells on kernels; reference: one torch module per candidate, as published."""
     order: Literal["first", "second"] = "second"
     """second: alphas through a virtual step of the weights, as published; first: twice as fast."""
     epsilon_scale: float = 0.01

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Sequence
@@ -90,7 +91,13 @@ def place(device: torch.device) -> Any:
         index = torch.cuda.current_device() if device.index is None else device.index
         stream = torch.cuda.current_stream(index).cuda_stream
         return extension.Place(cpu_unit(), device=index, stream=stream)
-    return extension.Place(cpu_unit(), threads=torch.get_num_threads())
+    return _cpu_place(extension, os.environ.get("RDARTS_CPU", ""), torch.get_num_threads())
+
+
+@functools.lru_cache
+def _cpu_place(module: Any, wish: str, threads: int) -> Any:
+    """Return a module's Place for the CPU; `wish` is what the unit depends on."""
+    return module.Place(cpu_unit(), threads=threads)
 
 
 def filled(fill: str, out: Tensor, seed: int, counter: Sequence[int]) -> Tensor:

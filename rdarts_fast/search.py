@@ -215,7 +215,7 @@ def alpha_step(
     alphas = list(state.alphas.values())
     parameters, buffers = list(state.supernet.parameters()), list(state.supernet.buffers())
     if settings.order == "first":
-        result = bilevel.first_order(validation_loss, alphas, buffers)
+        result = bilevel.first_order(validation_loss, alphas, buffers, parameters)
     else:
         momenta = [state.weight_optimizer.state[p].get("momentum_buffer") for p in parameters]
         virtual = bilevel.VirtualStep(rate, settings.momentum, settings.weight_decay, momenta)

@@ -1,5 +1,7 @@
 """The alphas' gradient, on functions whose derivatives are known and on a supernet in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -166,6 +168,33 @@ def test_weights_and_buffers_are_the_same_bits_afterwards(order: str) -> None:
     net.training_loss()  # a pass outside does move the buffers
     after = net.supernet.state_dict()
     assert [k for k in before if not torch.equal(before[k], after[k])] != []
+
+
+def test_passes_for_the_alphas_alone_have_no_gradient_in_the_weights() -> None:
+    q, seen = Quadratic(), []
+
+    def loss(of: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def recorded() -> Tensor:
+            seen.append(q.w.requires_grad)
+            return of()
+
+        return recorded
+
+    expected = bilevel.first_order(q.validation_loss, [q.alpha])
+    got = bilevel.first_order(loss(q.validation_loss), [q.alpha], (), [q.w])
+    assert torch.equal(got.gradient[0], expected.gradient[0])
+    assert seen == [False] and q.w.requires_grad
+    seen.clear()
+    step = bilevel.VirtualStep(0.1, 0.0, 0.0, [None])
+    bilevel.second_order(loss(q.training_loss), loss(q.validation_loss), [q.w], [q.alpha], step)
+    assert seen == [True, True, False, False] and q.w.requires_grad
+
+
+def test_a_loss_without_the_alphas_has_a_zero_gradient_in_them() -> None:
+    q = Quadratic()
+    alpha = torch.ones(2, dtype=DOUBLE, requires_grad=True)
+    result = bilevel.first_order(lambda: q.w.square().sum(), [alpha], (), [q.w])
+    assert torch.equal(result.gradient[0], torch.zeros(2, dtype=DOUBLE))
 
 
 def test_an_exception_inside_leaves_the_weights_as_they_were() -> None:

@@ -57,7 +57,9 @@ class Kept:
         return [self.z, self.states, self.maps, self.places, self.means, self.table]
 
     def taken(self) -> tuple[Kept, list[Tensor]]:
-        """Return this without its tensors, and those, to be saved for the backward."""
+        """Return this without its tensors, and those, to be saved for the backward: an output that
+        its own function held otherwise would be a cycle.
+        """
         tensors = [tensor for part in self._parts() for tensor in part.values()]
         emptied: list[Any] = [dict.fromkeys(part) for part in self._parts()]
         return self._with(emptied), tensors
@@ -96,7 +98,7 @@ class CellPass:
                 geometry,
                 self.parameters[stages.parameters[s]],
                 stages.rows[s],
-                buffers_of(stages.norms(s)) if running else (),
+                buffers_of(stages.norms[s]) if running else (),
             )
             for s, geometry in enumerate(stages.geometries)
         ]
@@ -157,8 +159,7 @@ class CellForward(CellPass):
         z = [self.kept.z[row] for row in found.terms.rows]
         factors, drawn = self.factors_of(found.edges), self.drawn(node)
         out, means = self.table.node(z, found.terms, self.weights, factors, drawn)
-        self.kept.means[state] = means
-        self.kept.states[state] = out.detach()  # an output held by its own function is a cycle
+        self.kept.states[state], self.kept.means[state] = out, means
         return out
 
     def leave(self, i: int, source: Source) -> None:

@@ -6,14 +6,14 @@ differentiated twice is computed anew by composed.py, whose parts have derivativ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from rdarts_fast.bilevel import unchanged
 from rdarts_fast.draws import Draws
 from rdarts_fast.kernels import channel_affine, normalized_sum
 from rdarts_fast.kernels.array import check_coefficients, check_inputs
@@ -93,15 +93,39 @@ class _Cell(Function):
         return None, *CellBackward(setting, weights.contiguous(), tensors, kept, needs).compute(g)
 
 
+@contextmanager
+def spare_buffers(module: nn.Module) -> Iterator[None]:
+    """Let copies of the buffers be moved instead of them."""
+    owners = [(part, dict(part._buffers)) for part in module.modules()]
+    for part, buffers in owners:
+        for name, buffer in buffers.items():
+            part._buffers[name] = None if buffer is None else buffer.clone()
+    try:
+        yield
+    finally:
+        for part, buffers in owners:
+            part._buffers.update(buffers)
+
+
 def _recorded_backward(
     setting: Setting, tensors: Sequence[Tensor], needs: Sequence[bool], g: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Return the gradients as functions that can be differentiated again; tensors: weights, inputs
     and parameters.
     """
-    inputs, _ = setting.split(tensors[1:])
-    with unchanged(list(setting.cell.buffers())):
-        nodes = composed_cell(setting.cell, inputs, tensors[0], setting.draws, setting.factors)
-    wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(nodes, wanted, g, create_graph=True, allow_unused=True))
-    return [next(found) if need else None for need in needs]
+    # A tensor that enters twice has a gradient at each place: an alias for each.
+    weights, *rest = (tensor.view_as(tensor) for tensor in tensors)
+    inputs, _ = setting.split(rest)
+    with spare_buffers(setting.cell):
+        nodes = composed_cell(setting.cell, inputs, weights, setting.draws, setting.factors)
+    aliases = [weights, *(tensor for part in inputs for tensor in part)]
+    used = [
+        *aliases,
+        *tensors[len(aliases) :],
+    ]  # of the parameters, the modules use these themselves
+    wanted = {id(t): t for t, need in zip(used, needs, strict=True) if need}
+    gradients = torch.autograd.grad(
+        nodes, list(wanted.values()), g, create_graph=True, allow_unused=True
+    )
+    found = dict(zip(wanted, gradients, strict=True))
+    return [found.pop(id(t), None) for t in used]

@@ -33,20 +33,31 @@ class Stages:
 
     geometries: list[Geometry]  # of each stage
     rule: Rule
-    edges: list[int] = field(default_factory=list)
-    modules: list[nn.Sequential] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)  # each stage's first; as many as edges follow
-    parameters: list[slice] = field(default_factory=list)  # each stage's
+    edges: list[int]
+    # Of each stage:
+    convolutions: list[list[nn.Module]]  # the depthwise, then the pointwise
+    norms: list[list[nn.BatchNorm2d]]
+    rows: list[int] = field(default_factory=list)  # the first; as many as edges follow
+    parameters: list[slice] = field(default_factory=list)
 
-    def norms(self, stage: int) -> list[nn.BatchNorm2d]:
-        """Return the batch norms that a stage ends with."""
-        norms = [module[4 * stage + 3] for module in self.modules]
-        return [norm for norm in norms if isinstance(norm, nn.BatchNorm2d)]
+    @classmethod
+    def of(
+        cls,
+        geometries: Sequence[Geometry],
+        rule: Rule,
+        edges: list[int],
+        modules: Sequence[nn.Sequential],
+    ) -> Stages:
+        """Return the stages of candidates that `_stages_of` knows."""
+        parts = [list(module) for module in modules]
+        firsts = range(1, 4 * len(geometries), 4)
+        convolutions = [[part[i] for i in (at, at + 1) for part in parts] for at in firsts]
+        norms: list[Any] = [[part[at + 2] for part in parts] for at in firsts]
+        return cls(list(geometries), rule, edges, convolutions, norms)
 
     def weights(self, stage: int) -> list[Tensor]:
         """Return a stage's depthwise weights, then the pointwise."""
-        at = 4 * stage + 1
-        return [_weight(module[i]) for i in (at, at + 1) for module in self.modules]
+        return [_weight(convolution) for convolution in self.convolutions[stage]]
 
 
 @dataclass
@@ -174,7 +185,8 @@ class Plan:
         row = self._rows_of(group)
         if kind[0] == "stages":
             _, geometries, rule = kind
-            stages = Stages(list(geometries), rule, edges, modules, [row])
+            stages = Stages.of(geometries, rule, edges, modules)
+            stages.rows.append(row)
             for _ in geometries[1:]:
                 row = self._rows_of(group)
                 stages.rows.append(row)
@@ -252,8 +264,8 @@ class Plan:
         found = [norm for reduction in self.inputs for norm in reduction.norms]
         for source in self.sources:
             for stages in source.stages:
-                for stage in range(len(stages.rows)):
-                    found += stages.norms(stage)
+                for norms in stages.norms:
+                    found += norms
             for reduction in source.reductions:
                 found += reduction.norms
             for pool in source.pools:

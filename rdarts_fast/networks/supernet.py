@@ -163,7 +163,7 @@ class Supernet(nn.Module):
         channels: int = 16,
         layers: int = 8,
         classes: int = 10,
-        backend: str = "reference",
+        backend: str = "fused",
         image_channels: int = 3,
     ) -> None:
         super().__init__()

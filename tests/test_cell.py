@@ -1,0 +1,179 @@
+"""The cell on kernels: second derivatives, what it launches and keeps, many steps."""
+
+from __future__ import annotations
+
+import gc
+import resource
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rdarts_fast.config import SearchConfig
+from rdarts_fast.draws import Draws
+from rdarts_fast.networks import Supernet, cell_backward, softmax_weights
+from rdarts_fast.search import Losses, SearchState, alpha_step, weight_step
+from rdarts_fast.spaces import SPACES, Space, space_from_dict
+from tests.host_cuda import counts, on_host
+from tests.test_fused import SPACES_AND_ALL, everything, two
+
+
+def space_of(*operations: str, nodes: int = 2) -> Space:
+    return space_from_dict(
+        {"nodes": nodes, "cells": {kind: list(operations) for kind in ("normal", "reduce")}}, "own"
+    )
+
+
+def loss_of(net: Supernet, alphas: dict[str, Tensor], images: Tensor) -> Tensor:
+    logits = net(images, softmax_weights(alphas), Draws(5))
+    return F.cross_entropy(logits, torch.arange(len(images)) % logits.shape[1])
+
+
+@pytest.mark.parametrize("space", [SPACES_AND_ALL[0], SPACES_AND_ALL[-1]], ids=lambda s: s.name)
+def test_second_derivatives_equal_the_reference(space: Space) -> None:
+    images, found = torch.randn(5, 3, 7, 8, dtype=torch.float64), []
+    for net in two(space, channels=3, layers=3):
+        net.drop_path_prob = 0.3
+        alphas = net.initial_alphas(1)
+        tensors = [*alphas.values(), *net.parameters()]
+        loss = loss_of(net, alphas, images)
+        buffers = [buffer.clone() for buffer in net.buffers()]
+        gradient = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
+        pairs = zip(gradient, tensors, strict=True)
+        some = [(g, t) for g, t in pairs if g is not None and g.requires_grad]
+        product = sum((g * torch.cos(torch.arange(g.numel()).view_as(g))).sum() for g, _ in some)
+        second = torch.autograd.grad(product, [t for _, t in some], allow_unused=True)
+        assert all(torch.equal(a, b) for a, b in zip(buffers, net.buffers(), strict=True))
+        found.append([*(g.detach() for g, _ in some), *(s for s in second if s is not None)])
+    assert len(found[0]) == len(found[1])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-9 * (1 + a.abs().max())
+
+
+def test_a_backward_can_be_had_twice() -> None:
+    net = Supernet(SPACES_AND_ALL[-1], channels=2, layers=3).double()
+    alphas = net.initial_alphas(1)
+    loss = loss_of(net, alphas, torch.randn(4, 3, 8, 8, dtype=torch.float64))
+    tensors = [*alphas.values(), *net.parameters()]
+    first = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
+    second = torch.autograd.grad(loss, tensors, allow_unused=True)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("space", ["s1", "s4"])
+def test_frozen_weights_cost_no_gradient_and_change_no_other(space: str, monkeypatch) -> None:
+    wanted: list[bool] = []
+    for name in ("launch_stages_backward", "launch_mixing_backward"):
+        original = getattr(cell_backward, name)
+
+        def recorded(*arguments, original=original, wants_weights, **others):
+            wanted.append(wants_weights)
+            return original(*arguments, wants_weights=wants_weights, **others)
+
+        monkeypatch.setattr(cell_backward, name, recorded)
+    net = Supernet(space, channels=2, layers=3)
+    images, gradients = torch.randn(4, 3, 8, 8), []
+    for frozen in (False, True):
+        net.requires_grad_(not frozen)
+        wanted.clear()
+        alphas = net.initial_alphas(1)
+        loss = loss_of(net, alphas, images)
+        gradients.append(torch.autograd.grad(loss, list(alphas.values())))
+        assert wanted and all(want is not frozen for want in wanted)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_one_launch_a_source_and_kind() -> None:
+    """On a GPU the edges of a kind that leave a state share a launch, whatever their number."""
+    net = Supernet(space_of("sep_conv_3x3", "dil_conv_5x5", nodes=4), channels=2, layers=1).double()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with on_host():
+        net(images, softmax_weights(net.initial_alphas(1)), Draws(5))
+        found = counts()
+    # 5 states that edges leave, 3 stages on each (each with the sum of its partial sums); 4 nodes
+    # and 2 preprocessed inputs.
+    assert found["sep_stage"].launches == 2 * 5 * 3
+    assert found["mixing"].launches == 2 * 2
+    assert found["term_coefficients"].launches == 4 + 2
+
+
+def test_cells_that_only_the_composed_path_can_compute() -> None:
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    for operations in (("noise",), ("none", "noise")):
+        nets = two(space_of(*operations), channels=2, layers=3)
+        assert not nets[1].cells[0].plan().whole
+        one, other = (everything(net, images, 0.3) for net in nets)
+        for a, b in zip(one, other, strict=True):
+            assert (a - b).abs().max() <= 1e-10 * (1 + a.abs().max())
+
+
+def test_one_value_a_channel_has_no_statistics() -> None:
+    net = Supernet("s2", channels=2, layers=1)
+    with pytest.raises(ValueError, match=r"2 values a channel or more, got .*\(1, 6, 1, 1\)"):
+        loss_of(net, net.initial_alphas(1), torch.randn(1, 3, 1, 1))
+    with torch.no_grad():
+        assert loss_of(net.eval(), net.initial_alphas(1), torch.randn(1, 3, 1, 1)).isfinite()
+
+
+def test_weights_of_another_type_are_refused() -> None:
+    net = Supernet("s2", channels=2, layers=1)
+    weights = {kind: w.double() for kind, w in softmax_weights(net.initial_alphas(1)).items()}
+    with pytest.raises(TypeError, match=r"weights: expected dtype torch\.float32"):
+        net(torch.randn(2, 3, 8, 8), weights)
+
+
+def test_twenty_search_steps_equal_the_reference() -> None:
+    """Second order, noise and drop path: the alphas to 1e-8."""
+    settings = SearchConfig(space="s4", channels=2, layers=3, batch_size=6)
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(6, 3, 8, 8, generator=generator).double(), torch.arange(6)) for _ in range(40)
+    ]
+    found = []
+    for net in two("s4", channels=2, layers=3):
+        net.drop_path_prob = 0.2
+        state, run = SearchState.start(settings, net), SimpleNamespace(folder="nowhere")
+        task: Any = SimpleNamespace(loss=F.cross_entropy)
+        for step in range(20):
+            losses = Losses(settings, task, state, Draws(0, step=step))
+            training, validation = batches[2 * step : 2 * step + 2]
+            rate = settings.learning_rate
+            alpha_step(settings, state, losses.of(training), losses.of(validation), rate, run)
+            weight_step(settings, state, losses.of(training, keep=True), run)
+        found.append({kind: alpha.detach() for kind, alpha in state.alphas.items()})
+    for kind, alpha in found[0].items():
+        assert (alpha - alpha.mean()).abs().max() > 1e-3  # they have moved
+        assert (alpha - found[1][kind]).abs().max() <= 1e-8
+
+
+def test_a_thousand_steps_keep_no_memory() -> None:
+    net = Supernet(space_of("sep_conv_3x3", "max_pool_3x3", nodes=1), channels=1, layers=1)
+    alphas, images = net.initial_alphas(1), torch.randn(2, 3, 4, 4)
+
+    def run(steps: int) -> int:
+        for step in range(steps):
+            loss = loss_of(net, alphas, images)
+            if step % 2:
+                loss.backward()
+        gc.collect()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+
+    gc.disable()  # a cycle would hold a cell's tensors
+    try:
+        for _ in range(2):
+            before = run(200)
+        assert run(1000) - before < 2048
+    finally:
+        gc.enable()
+
+
+def test_the_published_spaces_need_no_composed_path() -> None:
+    for space in SPACES.values():
+        for cell in Supernet(space, channels=1, layers=3).cells:
+            assert cell.plan().whole
+            assert not any(source.singles for source in cell.plan().sources)
