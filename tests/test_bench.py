@@ -15,7 +15,7 @@ import torch
 
 from bench import contenders, kernels, search_step, timing
 from bench.contenders import OURS, Setup
-from rdarts_fast.networks import fused
+from rdarts_fast.networks import supernet
 
 CPU = torch.device("cpu")
 SMALL = Setup("s5", batch=4, channels=2, layers=3, size=8)
@@ -115,20 +115,19 @@ def test_torchs_noise_has_the_shape_and_layout_of_the_input() -> None:
 
 
 def test_the_check_of_a_search_step_catches_a_wrong_network(monkeypatch) -> None:
-    right = fused.normalized_sum
-    monkeypatch.setattr(fused, "normalized_sum", lambda *a, **k: 1.01 * right(*a, **k))
+    right = supernet.fused_cell
+    monkeypatch.setattr(supernet, "fused_cell", lambda *a: [1.01 * node for node in right(*a)])
     with pytest.raises(AssertionError, match="s5: our logits differ"):
         contenders.check(SMALL)
 
 
 def test_the_check_of_a_search_step_catches_a_wrong_gradient(monkeypatch) -> None:
-    right = fused.normalized_sum
+    right = supernet.fused_cell
 
-    def without_weights(z, weights, *arguments, **settings):
-        halved = weights / 2 + weights.detach() / 2
-        return right(z, halved, *arguments, **settings)
+    def without_weights(cell, inputs, weights, *arguments):
+        return right(cell, inputs, weights / 2 + weights.detach() / 2, *arguments)
 
-    monkeypatch.setattr(fused, "normalized_sum", without_weights)
+    monkeypatch.setattr(supernet, "fused_cell", without_weights)
     with pytest.raises(AssertionError, match="s5: our gradient differ"):
         contenders.check(SMALL)
 

@@ -99,6 +99,7 @@ template <typename T, bool inner>
 void product_tile(const T* __restrict g, const T* __restrict z, const T* __restrict pivot,
                   T* __restrict sum, int64_t size, int64_t period) {
   repeat<inner>(size, period, [&](int64_t first, int64_t length) {
+    fetch_next_tile(z + first, length);
     for (int64_t i = 0; i < length; ++i) {
       sum[i] += g[first + i] * (z[first + i] - pick<inner>(pivot, i));
     }
@@ -109,6 +110,7 @@ void product_tile(const T* __restrict g, const T* __restrict z, const T* __restr
 template <typename T, bool inner>
 void plain_tile(const T* __restrict g, T* __restrict sum, int64_t size, int64_t period) {
   repeat<inner>(size, period, [&](int64_t first, int64_t length) {
+    fetch_next_tile(g + first, length);
     for (int64_t i = 0; i < length; ++i) sum[i] += g[first + i];
   });
 }
@@ -166,12 +168,18 @@ void products_of_sample(const NodeSumDq& a, const Runs& r, int64_t n, double* su
 // sums[j] = f_j * sum of g N(0, 1) over one sample.
 template <typename T>
 void drawn_of_sample(const NodeSumDq& a, const Runs& r, int64_t n, double* sums /* [J] */) {
+  if (a.drawn.count == 0) return;
   const int64_t size = r.channels * r.pixels();
-  Runs planes = r;  // the logical order, in which numbers are drawn
-  planes.inner = false, planes.count = r.channels, planes.length = r.pixels();
-  planes.period = kLanes, planes.tile = kTile;
-  Reader<T> g(a.g, planes);
-  std::vector<float> numbers(size);
+  std::vector<float> numbers(a.drawn.kept ? 0 : size);
+  std::vector<T> g(size), turned(r.inner ? size : 0);  // g in the order in which numbers are drawn
+  T* const run_by_run = r.inner ? turned.data() : g.data();
+  Reader<T> reader(a.g, r);
+  for (int64_t run = 0; run < r.count; ++run) {
+    for_tiles(r, [&](int64_t begin, int64_t length) {
+      std::copy_n(reader.tile(n, run, begin, length), length, run_by_run + run * r.length + begin);
+    });
+  }
+  if (r.inner) transpose(turned.data(), r.pixels(), r.channels, g.data());
   for (int j = 0; j < a.drawn.count; ++j) {
     const T* const factors = static_cast<const T*>(a.drawn.factors);
     const double factor = factors ? factors[j * r.samples + n] : 1.0;
@@ -179,15 +187,20 @@ void drawn_of_sample(const NodeSumDq& a, const Runs& r, int64_t n, double* sums 
     if (factor == 0.0) continue;
     PhiloxStart start = a.drawn.start;
     start.c1 = a.drawn.sites[j];
-    draw_normals<RDARTS_UNIT>(numbers.data(), n * size, size, start);
-    for (int64_t run = 0; run < planes.count; ++run) {
-      for_tiles(planes, [&](int64_t begin, int64_t length) {
-        const T* gradient = g.tile(n, run, begin, length);
-        const float* drawn = &numbers[run * r.pixels() + begin];
-        T parts[16] = {};
-        for (int64_t i = 0; i < length; ++i) parts[i % 16] += gradient[i] * static_cast<T>(drawn[i]);
-        for (const T part : parts) sums[j] += factor * part;
-      });
+    const float* drawn = numbers.data();
+    if (a.drawn.kept) drawn = a.drawn.kept + (j * r.samples + n) * size;
+    else draw_normals<RDARTS_UNIT>(numbers.data(), n * size, size, start);
+    for (int64_t begin = 0; begin < size; begin += kTile) {
+      const int64_t length = std::min(kTile, size - begin);
+      T parts[kLanes] = {};
+      int64_t i = 0;
+      for (; i + kLanes <= length; i += kLanes) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          parts[lane] += g[begin + i + lane] * static_cast<T>(drawn[begin + i + lane]);
+        }
+      }
+      for (; i < length; ++i) parts[i % kLanes] += g[begin + i] * static_cast<T>(drawn[begin + i]);
+      for (const T part : parts) sums[j] += factor * part;
     }
   }
 }

@@ -39,6 +39,7 @@ void accumulate(T* __restrict total, const T* const* z, const T* const* scale,
     const T* __restrict b1 = count > 1 ? shift[1] : nullptr;
     const T* __restrict b2 = count > 2 ? shift[2] : nullptr;
     const T* __restrict b3 = count > 3 ? shift[3] : nullptr;
+    for (int k = 0; k < count; ++k) fetch_next_tile(z[k] + begin, length);
     for (int64_t i = 0; i < length; ++i) {
       T sum = out[i] + (pick<inner>(a0, i) * z0[i] + pick<inner>(b0, i));
       if constexpr (count > 1) sum += pick<inner>(a1, i) * z1[i] + pick<inner>(b1, i);
@@ -78,10 +79,11 @@ void accumulate_dropped(T* __restrict total, const T* __restrict z, const T* __r
   }
 }
 
-// The noise of one sample, packed [C, H, W]: sum_j f_j w_j N(0, 1).
+// The noise of one sample, sum_j f_j w_j N(0, 1), in the order of the runs: packed [C, H, W], in which
+// numbers are drawn, or [H, W, C].
 template <typename T>
 void draw_sample(const Drawn& drawn, const Runs& r, int64_t n, std::vector<float>& numbers,
-                 std::vector<T>& noise) {
+                 std::vector<T>& noise, std::vector<T>& turned) {
   const int64_t size = r.channels * r.pixels();
   numbers.resize(size);
   noise.assign(size, T(0));
@@ -91,9 +93,15 @@ void draw_sample(const Drawn& drawn, const Runs& r, int64_t n, std::vector<float
     if (factor == T(0)) continue;
     PhiloxStart start = drawn.start;
     start.c1 = drawn.sites[j];
-    draw_normals<RDARTS_UNIT>(numbers.data(), n * size, size, start);
-    for (int64_t i = 0; i < size; ++i) noise[i] += weight * static_cast<T>(numbers[i]);
+    float* const own =
+        drawn.kept ? drawn.kept + (j * r.samples + n) * size : numbers.data();
+    draw_normals<RDARTS_UNIT>(own, n * size, size, start);
+    for (int64_t i = 0; i < size; ++i) noise[i] += weight * static_cast<T>(own[i]);
   }
+  if (!r.inner) return;
+  turned.resize(size);
+  transpose(noise.data(), r.channels, r.pixels(), turned.data());
+  noise.swap(turned);
 }
 
 // The terms of the tensors, without the noise.
@@ -151,22 +159,17 @@ template <typename T, bool inner>
 void sum_samples(const NodeSum& a, const Runs& r, int64_t from, int64_t to) {
   SampleSum<T, inner> terms(a, r);
   Writer<T> writer(a.out, r);
-  std::vector<T> noise, tile(r.tile);
+  std::vector<T> noise, turned, tile(r.tile);
   std::vector<float> numbers;
-  Array drawn = a.out;  // the noise of a sample as a packed tensor
-  drawn.strides[0] = 0, drawn.strides[1] = r.pixels();
-  drawn.strides[2] = r.width, drawn.strides[3] = 1;
   for (int64_t n = from; n < to; ++n) {
-    if (a.drawn.count > 0) draw_sample(a.drawn, r, n, numbers, noise);
-    drawn.data = noise.data();
-    Reader<T> noise_reader(drawn, r);
+    if (a.drawn.count > 0) draw_sample(a.drawn, r, n, numbers, noise, turned);
     for (int64_t run = 0; run < r.count; ++run) {
       terms.start(n, run);
       for_tiles(r, [&](int64_t begin, int64_t size) {
         T* const sum = tile.data();
         terms.tile(sum, begin, size);
         if (a.drawn.count > 0) {
-          const T* more = noise_reader.tile(n, run, begin, size);
+          const T* const more = &noise[run * r.length + begin];
           for (int64_t i = 0; i < size; ++i) sum[i] += more[i];
         }
         std::copy_n(sum, size, writer.tile(n, run, begin));

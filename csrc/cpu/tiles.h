@@ -83,6 +83,29 @@ void copy_tile(const Array& a, const Runs& r, int64_t sample, int64_t run, int64
   }
 }
 
+// to[c, r] = from[r, c] of a matrix of rows x columns, in blocks that stay in registers.
+template <typename T>
+void transpose(const T* from, int64_t rows, int64_t columns, T* to) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t r = 0; r < rows; r += kBlock) {
+    for (int64_t c = 0; c < columns; c += kBlock) {
+      const T* const first = from + r * columns + c;
+      T* const target = to + c * rows + r;
+      if (r + kBlock <= rows && c + kBlock <= columns) {
+        for (int64_t j = 0; j < kBlock; ++j) {
+          for (int64_t i = 0; i < kBlock; ++i) target[j * rows + i] = first[i * columns + j];
+        }
+        continue;
+      }
+      for (int64_t j = 0; j < std::min(kBlock, columns - c); ++j) {
+        for (int64_t i = 0; i < std::min(kBlock, rows - r); ++i) {
+          target[j * rows + i] = first[i * columns + j];
+        }
+      }
+    }
+  }
+}
+
 // A tensor that is read in tiles.
 template <typename T>
 class Reader {
@@ -129,6 +152,14 @@ class Writer {
   bool direct_;
   std::vector<T> packed_;
 };
+
+// Lets what follows `count` elements after a tile be fetched while these are worked on: tile after
+// tile of several tensors in turn, the processor does not see it coming.
+template <typename T>
+inline void fetch_next_tile(const T* from, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + kTile + i);
+}
 
 // body(begin, size) for each tile of a run.
 template <typename Body>

@@ -19,6 +19,8 @@ struct Drawn {
   uint32_t sites[kMostInputs];
   const void* weights;  // [J]
   const void* factors;  // [J, N] or null
+  float* kept;          // [J, N C H W] or null: on the CPU node_sum leaves the numbers there for
+                        // node_sum_dq, which takes them instead of drawing again
 };
 
 // out = sum_k factors[k, n] * (scale[k, c] * z_k + shift[k, c]) + drawn

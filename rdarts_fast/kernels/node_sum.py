@@ -188,16 +188,17 @@ def check_noise(noise: Noise | None, images: Tensor) -> None:
 
 
 def native_noise(
-    key: Key | None, weights: Tensor | None, factors: Tensor | None
+    key: Key | None, weights: Tensor | None, factors: Tensor | None, kept: Tensor | None = None
 ) -> tuple[int, ...] | None:
     """Return the noise as the extension takes it: seed, step, branch and pass, addresses of the
-    weights and factors, sites.
+    weights, the factors and the numbers that are kept for the backward, sites.
     """
     if key is None:
         return None
     draws, sites = key
     stream = draws.branch << 16 | draws.pass_index
-    return (draws.seed, draws.step, stream, array.address(weights), array.address(factors), *sites)
+    addresses = map(array.address, (weights, factors, kept))
+    return (draws.seed, draws.step, stream, *addresses, *sites)
 
 
 def _rows(x: Tensor, name: str) -> int:

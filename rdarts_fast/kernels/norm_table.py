@@ -42,16 +42,21 @@ class Terms:
 class Drawn:
     """A node's noise: its key, the weights [J] and factors [J, N] or None, and the J indices of the
     former into the flattened weights.
+
+    numbers: float32 [J, N, C H W] or None: where, on the CPU, a forward pass leaves what it draws
+    and a backward finds it, three times as fast as drawing it again.
     """
 
     key: Key
     weights: Tensor
     factors: Tensor | None
     indices: Sequence[int]
+    numbers: Tensor | None = None
 
     def native(self, backward: bool) -> Any:
         """Return what the native functions take."""
-        return native_noise(self.key, None if backward else self.weights, self.factors)
+        weights = None if backward else self.weights
+        return native_noise(self.key, weights, self.factors, self.numbers)
 
 
 class NormTable:

@@ -57,7 +57,7 @@ class CellBackward(CellPass):
                 self.kept.means[state],
                 dweights,
                 self.factors_of(found.edges),
-                self.drawn(node),
+                self.drawn(node, self.kept.noise.get(state)),
             )
         dinputs = [self.preprocess_backward(*pair) for pair in enumerate(self.plan.inputs)]
         return [dweights, *(dv for found in dinputs for dv in found), *self.dparameters]

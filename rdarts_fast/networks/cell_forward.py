@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rdarts_fast.draws import Draws
-from rdarts_fast.kernels.array import coefficient_dtype
+from rdarts_fast.kernels.array import coefficient_dtype, empty
 from rdarts_fast.kernels.mixing import Sources, launch_mixing
 from rdarts_fast.kernels.norm_table import Drawn, NormTable, Running, Terms
 from rdarts_fast.kernels.pool import KINDS, launch_pools
@@ -49,12 +49,14 @@ class Kept:
     maps: dict[int, Tensor] = field(default_factory=dict)  # first row -> [S, 2, G, C]
     places: dict[int, Tensor] = field(default_factory=dict)  # state -> where its maxima lie
     means: dict[int, Tensor] = field(default_factory=dict)  # state -> of its terms, [K, C]
+    noise: dict[int, Tensor] = field(default_factory=dict)  # state -> drawn numbers
     table: dict[int, Tensor] = field(default_factory=dict)  # 0 -> the statistics [2, R, C]
     # row -> x and the result: of operations without kernels, whose graph it holds
     singles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     def _parts(self) -> list[dict[int, Tensor]]:
-        return [self.z, self.states, self.maps, self.places, self.means, self.table]
+        parts = [self.z, self.states, self.maps, self.places, self.means, self.noise]
+        return [*parts, self.table]
 
     def taken(self) -> tuple[Kept, list[Tensor]]:
         """Return this without its tensors, and those, to be saved for the backward: an output that
@@ -103,13 +105,13 @@ class CellPass:
             for s, geometry in enumerate(stages.geometries)
         ]
 
-    def drawn(self, node: int) -> Drawn | None:
+    def drawn(self, node: int, numbers: Tensor | None) -> Drawn | None:
         """Return a node's noise."""
         found = self.plan.nodes[node]
         if not found.sites:
             return None
         weights, factors = self.weights.view(-1)[found.drawn], self.factors_of(found.drawn_edges)
-        return Drawn((self.draws, found.sites), weights, factors, found.drawn)
+        return Drawn((self.draws, found.sites), weights, factors, found.drawn, numbers)
 
 
 def own_term(row: int) -> Terms:
@@ -157,7 +159,12 @@ class CellForward(CellPass):
         """Return a node, which becomes the next state."""
         found, state = self.plan.nodes[node], node + INPUTS
         z = [self.kept.z[row] for row in found.terms.rows]
-        factors, drawn = self.factors_of(found.edges), self.drawn(node)
+        factors = self.factors_of(found.edges)
+        if found.sites and self.recorded and self.like.device.type == "cpu":
+            n, c, h, w = z[0].shape
+            shape = (len(found.sites), n, c, h * w)
+            self.kept.noise[state] = empty(self.like, shape, torch.contiguous_format, torch.float32)
+        drawn = self.drawn(node, self.kept.noise.get(state))
         out, means = self.table.node(z, found.terms, self.weights, factors, drawn)
         self.kept.states[state], self.kept.means[state] = out, means
         return out
