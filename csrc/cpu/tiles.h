@@ -18,7 +18,7 @@
 namespace rdarts {
 namespace {
 
-constexpr int64_t kTile = 1024;    // elements worked on at once
+constexpr int64_t kTile = 512;    // elements worked on at once
 constexpr int64_t kPattern = 64;   // a pattern of channels is at least this long
 constexpr int64_t kLanes = 16;     // the pattern of a channel's plane
 constexpr int64_t kFlushed = 64;   // repetitions of the pattern that are summed in the array's type
@@ -158,7 +158,7 @@ class Writer {
 template <typename T>
 inline void fetch_next_tile(const T* from, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + kTile + i);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + kTile + i, 0, 2);
 }
 
 // body(begin, size) for each tile of a run.
