@@ -1,4 +1,4 @@
-// The module's functions of a cell's batch norms and nodes (rdarts_fast/networks/cell_rows.py).
+// The module's functions of a cell's batch norms and nodes (rdarts_fast/kernels/norm_table.py, stages.py).
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -48,7 +48,10 @@ Terms terms_of(const Table& table, const TermsAt& at) {
   const auto& [rows, weights, normalised, address] = at;
   if (rows.empty() || rows.size() > kMostInputs || rows.size() != weights.size() ||
       rows.size() != normalised.size()) {
-    throw std::invalid_argument("terms: expected 1 to 64, got " + std::to_string(rows.size()));
+    throw std::invalid_argument(
+        "terms: expected 1 to 64 rows and as many weights and flags, got " +
+        std::to_string(rows.size()) + ", " + std::to_string(weights.size()) + " and " +
+        std::to_string(normalised.size()));
   }
   Terms t = {};
   t.table = table, t.inputs = static_cast<int>(rows.size()), t.weights = pointer(address);
@@ -222,8 +225,8 @@ void stages_at(int dtype, const Shape& shape, const Numbers& x, const std::vecto
   }
 }
 
-// gradients: G of g, then `together` for each stage but the first, in which the gradient of what it
-// reads is formed, then G of dv. factors: [G, N] or null.
+// g: G gradients of what the edges' last z enter. between: for each stage but the last, room for the
+// gradients of `together` normalised z. dv: G. factors: [G, N] or null.
 void stages_backward_at(int dtype, const Shape& shape, const Numbers& x,
                         const std::vector<StageAt>& stages, const TableAt& table, Address maps,
                         const Numbers& g, const std::vector<Numbers>& between, const Numbers& dv,
@@ -232,7 +235,16 @@ void stages_backward_at(int dtype, const Shape& shape, const Numbers& x,
   const size_t last = chain.links.size() - 1;
   const std::vector<Array> entering = arrays_of(dtype, chain.links[last].shape, g);
   const std::vector<Array> leaving = arrays_of(dtype, shape, dv);
-  const Flags none(chain.edges, 0);
+  const size_t edges = chain.edges;
+  if (entering.size() != edges || leaving.size() != edges || adds.size() != edges ||
+      between.size() != last) {
+    throw std::invalid_argument(
+        "g, dv, adds: expected " + std::to_string(edges) + " each, got " +
+        std::to_string(entering.size()) + ", " + std::to_string(leaving.size()) + ", " +
+        std::to_string(adds.size()) + "; between: expected " + std::to_string(last) + ", got " +
+        std::to_string(between.size()));
+  }
+  const Flags none(edges, 0);
   double* const sums = pointer<double>(buffer);
   for (int e = 0; e < chain.edges; e += chain.together) {
     const int count = std::min(chain.together, chain.edges - e);

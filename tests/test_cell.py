@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor
 
+from rdarts_fast import native
 from rdarts_fast.config import SearchConfig
 from rdarts_fast.draws import Draws
 from rdarts_fast.networks import Supernet, cell_backward, softmax_weights
@@ -125,6 +127,143 @@ def test_weights_of_another_type_are_refused() -> None:
     weights = {kind: w.double() for kind, w in softmax_weights(net.initial_alphas(1)).items()}
     with pytest.raises(TypeError, match=r"weights: expected dtype torch\.float32"):
         net(torch.randn(2, 3, 8, 8), weights)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_that_of_the_forward_pass(training: bool) -> None:
+    images, found = torch.randn(4, 3, 8, 8, dtype=torch.float64), []
+    for net in two("s4", channels=2, layers=3):
+        alphas = net.train(training).initial_alphas(1)
+        tensors = [*alphas.values(), *net.parameters()]
+        losses = [loss_of(net, alphas, images) for _ in range(2)]
+        net.train(not training)
+        found.append(torch.autograd.grad(losses[0], tensors))
+        again = torch.autograd.grad(losses[1], tensors, create_graph=True)
+        for a, b in zip(found[-1], again, strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-12)
+        assert all(module.training is not training for module in net.modules())
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-10 * (1 + a.abs().max())
+
+
+def test_batch_norms_of_other_settings_equal_the_reference() -> None:
+    """Another eps and momentum, and one held still in a training network."""
+    images, found = torch.randn(4, 3, 8, 8, dtype=torch.float64), []
+    nets = two(space_of("sep_conv_3x3", "max_pool_3x3"), channels=2, layers=3)
+    for net in nets:
+        for module in net.cells[0].modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eps, module.momentum = 1e-2, 0.3
+        net.cells[1].edges[0].operations[0][3].eval()
+        alphas = net.initial_alphas(1)
+        loss = loss_of(net, alphas, images)
+        tensors = [*alphas.values(), *net.parameters()]
+        gradient = torch.autograd.grad(loss, tensors, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in gradient), alphas.values())
+        buffers = [buffer.double() for buffer in net.buffers()]
+        found.append([*(g.detach() for g in gradient), *second, *buffers])
+    assert nets[1].cells[0].plan().whole
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-9 * (1 + a.abs().max())
+
+
+def test_edges_that_take_turns_equal_the_reference() -> None:
+    """Images so large that the CPU takes two edges of five at a time through their stages."""
+    images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    sizes = (1, (4, 16, 64, 64), 5, native.place(images.device))
+    assert native.extension.edges_together(*sizes) == 2
+    one, other = (everything(net, images, 0.3, 1) for net in two("s2", channels=16, layers=3))
+    for a, b in zip(one, other, strict=True):
+        assert (a - b).abs().max() <= 1e-10 * (1 + a.abs().max())
+
+
+def test_parameters_of_a_functional_call_have_their_derivatives() -> None:
+    images, found = torch.randn(4, 3, 8, 8, dtype=torch.float64), []
+    for net in two("s2", channels=2, layers=3):
+        alphas = net.initial_alphas(1)
+        other = {name: (1.5 * p.detach()).requires_grad_() for name, p in net.named_parameters()}
+        arguments = (images, softmax_weights(alphas), Draws(5))
+        logits = torch.func.functional_call(net, other, arguments)
+        loss = F.cross_entropy(logits, torch.arange(4))
+        gradient = torch.autograd.grad(loss, [*other.values()], create_graph=True)
+        product = sum((g * g.detach()).sum() for g in gradient)
+        second = torch.autograd.grad(product, [*alphas.values(), *other.values()])
+        found.append([*(g.detach() for g in gradient), *second])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-9 * (1 + a.abs().max())
+
+
+class Own(torch.nn.Module):
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(x)
+
+
+def test_a_candidate_that_is_replaced_is_seen() -> None:
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    nets = two("s2", channels=2, layers=3)
+    for net in nets:
+        everything(net, images, 0.0, 1)
+        net.cells[0].edges[3].operations[1] = Own(torch.tanh)
+    one, other = (everything(net, images, 0.0, 1) for net in nets)
+    for a, b in zip(one, other, strict=True):
+        assert (a - b).abs().max() <= 1e-10 * (1 + a.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda x: x[:, :, 1:], ValueError, r"edge 3: Own: expected shape \(4, 2, 8, 8\), got"),
+        (lambda x: x[:, :1], ValueError, r"edge 3: Own: expected shape .*got \(4, 1, 8, 8\)"),
+        (
+            lambda x: x.double(),
+            TypeError,
+            r"edge 3: Own: expected torch\.float32 on cpu, got torch",
+        ),
+    ],
+)
+def test_what_an_operation_of_a_users_own_gives_is_checked(change, error, text: str) -> None:
+    net = Supernet("s2", channels=2, layers=3)
+    net.cells[0].edges[3].operations[1] = Own(change)
+    with pytest.raises(error, match=text):
+        loss_of(net, net.initial_alphas(1), torch.randn(4, 3, 8, 8))
+
+
+def test_a_part_of_another_type_is_refused() -> None:
+    for part, change in (("norm", "double"), ("cells", "bfloat16")):
+        net = Supernet("s2", channels=2, layers=3)
+        getattr(net.cells if part == "cells" else net.cells[0].edges[3].operations[1][3], change)()
+        with pytest.raises(
+            TypeError, match=r"(edges|preprocess).*: expected torch\.float32 on cpu"
+        ):
+            loss_of(net, net.initial_alphas(1), torch.randn(4, 3, 8, 8))
+
+
+def test_convolutions_that_are_more_than_their_weight_run_as_modules() -> None:
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    nets = two("s4", channels=2, layers=3)
+    for net in nets:
+        pruned = net.cells[0].edges[3].operations[1][2]
+        torch.nn.utils.prune.ln_structured(pruned, "weight", amount=1, n=1, dim=1)
+        net.cells[0].edges[1].operations[1][1].register_forward_hook(lambda m, i, z: 2 * z)
+    one, other = (everything(net, images, 0.2, 1) for net in nets)
+    for a, b in zip(one, other, strict=True):
+        assert (a - b).abs().max() <= 1e-10 * (1 + a.abs().max())
+    assert len(nets[1].cells[0].plan().sources[1].singles) == 2
+
+
+def test_a_stem_of_another_kind_runs_as_it_is() -> None:
+    for affine, momentum in ((False, 0.1), (True, None)):
+        nets = two("s5", channels=2, layers=1)
+        for net in nets:
+            net.stem[1] = torch.nn.BatchNorm2d(6, affine=affine, momentum=momentum).double()
+        images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+        one, other = (everything(net, images, 0.0, 1) for net in nets)
+        for a, b in zip(one, other, strict=True):
+            assert (a - b).abs().max() <= 1e-10 * (1 + a.abs().max())
 
 
 def test_twenty_search_steps_equal_the_reference() -> None:

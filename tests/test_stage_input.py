@@ -38,7 +38,16 @@ S = torch.zeros(1, 3)
         (lambda: mixing([X], [P]), ValueError, "weights: expected one or two tensors"),
         (lambda: mixing([X], [[P], [P, P]]), ValueError, r"weights\[1\]: expected 1 tensors"),
         (lambda: mixing([X, X], [[P]]), ValueError, r"weights\[0\]\[0\]: expected shape"),
-        (lambda: mixing([X], [[P, P[:2]]]), ValueError, r"weights\[0\]: expected two halves"),
+        (
+            lambda: mixing([X], [[P, P]]),
+            ValueError,
+            r"weights: expected one .* at stride 1, got two",
+        ),
+        (
+            lambda: mixing([X], [[P, P[:2]]], stride=2),
+            ValueError,
+            r"weights\[0\]: expected two halves",
+        ),
         (lambda: mixing([X], [[P.double()]]), TypeError, r"weights\[0\]\[0\]: expected dtype"),
         (lambda: mixing([X], [[P]], stride=0), ValueError, "stride: expected 1 or 2, got 0"),
         (lambda: mixing([X], [[P]], shift=S), ValueError, "scale, shift: expected both"),

@@ -153,8 +153,8 @@ class Writer {
   std::vector<T> packed_;
 };
 
-// Lets what follows `count` elements after a tile be fetched while these are worked on: tile after
-// tile of several tensors in turn, the processor does not see it coming.
+// Lets `count` elements about a tile further on be fetched: as the tiles of several tensors come in
+// turn, the processor does not see what comes next.
 template <typename T>
 inline void fetch_next_tile(const T* from, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(T);

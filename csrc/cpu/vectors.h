@@ -40,20 +40,7 @@ RDARTS_METHOD void store(T* to, const Vec<T>& vector) {
 // To memory that is not read soon: its old contents are not fetched. `to` is aligned to a vector.
 template <typename T>
 RDARTS_METHOD void store_past_cache(T* to, const Vec<T>& vector) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(reinterpret_cast<float*>(to), reinterpret_cast<const __m512&>(vector));
-#elif defined(__AVX__)
-  _mm256_stream_ps(reinterpret_cast<float*>(to), reinterpret_cast<const __m256&>(vector));
-#else
-  store(to, vector);
-#endif
-}
-
-// Lets other threads see what was stored past the cache.
-RDARTS_METHOD void finish_stores() {
-#ifdef __AVX__
-  _mm_sfence();
-#endif
+  store_wide_past_cache(to, &vector);
 }
 
 template <typename T>

@@ -4,8 +4,8 @@
 // A cell numbers the tensors that it sums or normalises. The table has a row for each: mean and rstd
 // and, in the backward, what its gradient is made of,
 //   dz = by_g[row, c] * f g + by_z[row, c] * z + constant[row, c]
-// with g the gradient of what the tensor enters. Where a row is not normalised, mean is 0 and rstd 1
-// and neither is read.
+// with g the gradient of what the tensor enters. Where a row is not normalised, 0 and 1 stand for its
+// mean and rstd, which nobody fills.
 #pragma once
 
 #include <cmath>
@@ -13,6 +13,7 @@
 
 #include "body.h"
 #include "node_sum.h"
+#include "normalization.h"
 
 namespace rdarts {
 
@@ -94,14 +95,13 @@ template <typename T>
 RDARTS_BODY void fill_row(const Table& t, int64_t i, bool normalised, double weight, double sum,
                           double along) {
   const double rstd = normalised ? t.rstd[i] : 1.0, by_g = weight * rstd;
-  T by_z = 0, constant = 0;
+  NormGradient<T> rest = {T(0), T(0)};
   if (normalised && t.training) {
-    by_z = static_cast<T>(-by_g * rstd * along / t.count);
-    constant = static_cast<T>(-by_g * sum / t.count - by_z * t.mean[i]);
+    rest = norm_gradient<T>(by_g, t.mean[i], rstd, sum, along, t.count);
   }
   static_cast<T*>(t.by_g)[i] = static_cast<T>(by_g);
-  static_cast<T*>(t.by_z)[i] = by_z;
-  static_cast<T*>(t.constant)[i] = constant;
+  static_cast<T*>(t.by_z)[i] = rest.by_z;
+  static_cast<T*>(t.constant)[i] = rest.constant;
 }
 
 // Returns the channel's part of dweights.

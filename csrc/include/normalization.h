@@ -43,6 +43,20 @@ RDARTS_BODY void normalize_channel(const Normalization& a, int k, int64_t c) {
   static_cast<T*>(a.shift)[i] = static_cast<T>(-scale * mean);
 }
 
+// What a normalised tensor's gradient has beside by_g f g, given sum f g and sum f g z^: by_z z +
+// constant.
+template <typename T>
+struct NormGradient {
+  T by_z, constant;
+};
+
+template <typename T>
+RDARTS_BODY NormGradient<T> norm_gradient(double by_g, double mean, double rstd, double sum,
+                                          double along, double count) {
+  const T by_z = static_cast<T>(-by_g * rstd * along / count);
+  return {by_z, static_cast<T>(-by_g * sum / count - by_z * mean)};
+}
+
 // Fills the coefficients of the backward at (k, c) and returns the channel's part of dweights[k].
 template <typename T>
 RDARTS_BODY double normalize_channel_backward(const NormalizationBackward& a, int k, int64_t c) {
@@ -52,14 +66,13 @@ RDARTS_BODY double normalize_channel_backward(const NormalizationBackward& a, in
   const double pivot = static_cast<T>(mean), sum_g = a.sums[all + i];
   const double along = rstd * (a.sums[i] + (pivot - mean) * sum_g);  // sum f g z^
   const double by_g = weight * rstd;
-  T by_z = 0, constant = 0;
+  NormGradient<T> rest = {T(0), T(0)};
   if (a.training && (a.normalised >> k & 1)) {
-    by_z = static_cast<T>(-by_g * rstd * along / a.count);
-    constant = static_cast<T>(-by_g * sum_g / a.count - by_z * mean);
+    rest = norm_gradient<T>(by_g, mean, rstd, sum_g, along, a.count);
   }
   static_cast<T*>(a.by_g)[i] = static_cast<T>(by_g);
-  static_cast<T*>(a.by_z)[i] = by_z;
-  static_cast<T*>(a.constant)[i] = constant;
+  static_cast<T*>(a.by_z)[i] = rest.by_z;
+  static_cast<T*>(a.constant)[i] = rest.constant;
   return along;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "body.h"
 
@@ -19,6 +20,24 @@ constexpr int kWideBytes = 32;
 #else
 constexpr int kWideBytes = 16;
 #endif
+
+// Copies kWideBytes to an address that is a multiple of it, past the cache where that can be done.
+RDARTS_BODY void store_wide_past_cache(void* to, const void* from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+#else
+  std::memcpy(to, from, kWideBytes);
+#endif
+}
+
+// Lets other threads see what was stored past the cache.
+RDARTS_BODY void finish_stores() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
 
 struct WideLane {
   typedef uint64_t Word __attribute__((vector_size(kWideBytes), may_alias));

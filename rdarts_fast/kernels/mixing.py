@@ -59,10 +59,10 @@ def mixing(
     """Return G tensors z[g], [N, O, ceil(H / stride), ceil(W / stride)], channels innermost.
 
     x: M tensors [N, C, H, W], M from 1 to 64, any strides. weights: for each edge [O, M C, 1, 1],
-    or two such whose O are half and half (the first has one more where O is odd), the second for
-    pixels shifted by (1, 1), zeros past the edge. stride: 1 or 2. scale, shift: [M, C], both or
-    none. float32, float64, on CUDA bfloat16 too, whose weights, scale and shift are float32.
-    Differentiable, twice and more, in all tensors. Raises TypeError and ValueError.
+    or, at stride 2, two such whose O are half and half (the first has one more where O is odd), the
+    second for pixels shifted by (1, 1), zeros past the edge. stride: 1 or 2. scale, shift: [M, C],
+    both or none. float32, float64, on CUDA bfloat16 too, whose weights, scale and shift are
+    float32. Differentiable, twice and more, in all tensors. Raises TypeError and ValueError.
     """
     _check(x, weights, stride, scale, shift)
     halves = len(weights[0])
@@ -187,6 +187,8 @@ def _check(
     if len(first) == 2 and first[0].shape[0] - first[1].shape[0] not in (0, 1):
         got = f"{first[0].shape[0]} and {first[1].shape[0]}"
         raise ValueError(f"weights[0]: expected two halves of the channels, got {got}")
+    if len(first) == 2 and stride == 1:
+        raise ValueError("weights: expected one tensor for each edge at stride 1, got two")
     if (scale is None) != (shift is None):
         raise ValueError("scale, shift: expected both or none, got one")
     array.check_coefficients(scale, "scale", "[M, C]", (m, c), x[0])

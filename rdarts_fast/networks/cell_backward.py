@@ -38,7 +38,7 @@ class CellBackward(CellPass):
         of_inputs, of_parameters = setting.split(needs[1:])
         self.wants_inputs = [any(flags) for flags in of_inputs]
         self.wants_parameters = any(of_parameters)
-        self.kept, self.training = kept, self.cell.training
+        self.kept = kept
         self.table = NormTable.for_backward(kept.table[0], self.like, self.training)
         self.ds: dict[int, Tensor] = {}  # the gradient of each state
         self.dparameters: list[Tensor | None] = [None] * len(self.parameters)
@@ -201,7 +201,7 @@ class CellBackward(CellPass):
         (by_g, _, _), factors = self.table.rows(single.row, 1), self.factors_of([single.edge])
         ds = self.gradients_into([single.edge])
         g = launch_node_sum(None, by_g, None, factors, None, None, ds)
-        parameters = list(single.module.parameters())
+        parameters = self.own_parameters[single.parameters]
         wanted = [p for p in parameters if p.requires_grad and self.wants_parameters]
         if not result.requires_grad:
             return torch.zeros_like(x)

@@ -18,7 +18,7 @@ from rdarts_fast.kernels.mixing import Sources, launch_mixing
 from rdarts_fast.kernels.norm_table import Drawn, NormTable, Running, Terms
 from rdarts_fast.kernels.pool import KINDS, launch_pools
 from rdarts_fast.kernels.stages import Link, launch_stages
-from rdarts_fast.networks.plan import Plan, Reduction, Rule, Source, Stages
+from rdarts_fast.networks.plan import Plan, Reduction, Rule, Single, Source, Stages
 from rdarts_fast.spaces import INPUTS
 
 
@@ -31,6 +31,7 @@ class Setting:
     draws: Draws
     factors: Tensor | None  # [E, N], drop path's
     counts: Sequence[int]  # tensors that make up each input
+    training: bool  # the cell's mode
     recorded: bool  # whether there may be a backward
 
     def split(self, tensors: Sequence[Any]) -> tuple[list[list[Any]], list[Any]]:
@@ -69,7 +70,10 @@ class Kept:
     def restored(self, tensors: Sequence[Tensor]) -> Kept:
         """Return what was taken, from the saved tensors."""
         rest = iter(tensors)
-        return self._with([{key: next(rest) for key in part} for part in self._parts()])
+        kept = self._with([{key: next(rest) for key in part} for part in self._parts()])
+        for row, z in kept.z.items():  # dense as they were, whatever hooks have made of them
+            kept.z[row] = z.contiguous(memory_format=torch.channels_last)
+        return kept
 
     def _with(self, parts: list[dict[int, Tensor]]) -> Kept:
         kept = Kept(*parts)
@@ -83,9 +87,11 @@ class CellPass:
     def __init__(self, setting: Setting, weights: Tensor, tensors: Sequence[Tensor]) -> None:
         self.cell, self.plan, self.weights = setting.cell, setting.plan, weights
         self.inputs, parameters = setting.split(tensors)
+        self.own_parameters: list[Tensor] = parameters
         self.parameters: list[Tensor] = [weight.contiguous() for weight in parameters]
         self.like: Tensor = self.inputs[0][0]
         self.draws, self.factors = setting.draws, setting.factors
+        self.training = setting.training
         if self.factors is not None:
             self.factors = self.factors.to(coefficient_dtype(self.like.dtype))
 
@@ -125,6 +131,18 @@ def buffers_of(norms: Sequence[nn.BatchNorm2d]) -> list[Running]:
     return [(found["running_mean"], found["running_var"]) for found in buffers]
 
 
+def check_single(single: Single, source: Source, state: Tensor, result: Tensor) -> None:
+    """Raise TypeError or ValueError unless a module gave what its edge needs."""
+    n, c, h, w = state.shape
+    expected = (n, c, -(-h // source.stride), -(-w // source.stride))
+    name = f"edge {single.edge}: {type(single.module).__name__}"
+    if tuple(result.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(result.shape)}")
+    if result.dtype != state.dtype or result.device != state.device:
+        got = f"{result.dtype} on {result.device}"
+        raise TypeError(f"{name}: expected {state.dtype} on {state.device}, got {got}")
+
+
 class CellForward(CellPass):
     """A forward pass; `kept` is what its backward needs."""
 
@@ -132,13 +150,13 @@ class CellForward(CellPass):
         super().__init__(setting, weights, tensors)
         self.kept, self.recorded = Kept(), setting.recorded
         channels = sum(half.out_channels for half in self.plan.inputs[0].convolutions[0])
-        self.table = NormTable(self.plan.rows, channels, self.like, self.cell.training)
+        self.table = NormTable(self.plan.rows, channels, self.like, self.training)
         self.kept.table[0] = self.table.statistics
 
     def compute(self) -> list[Tensor]:
         """Return the nodes."""
-        if self.cell.training:
-            counters = [norm.num_batches_tracked for norm in self.plan.norms()]
+        if self.training:
+            counters = [norm.num_batches_tracked for norm in self.plan.norms]
             torch._foreach_add_([count for count in counters if count is not None], 1)
         for i, reduction in enumerate(self.plan.inputs):
             self.preprocess(i, replace(reduction, row=i))
@@ -184,6 +202,7 @@ class CellForward(CellPass):
             with torch.set_grad_enabled(self.recorded):
                 x = state.detach().requires_grad_(self.recorded)
                 result = single.module(x)
+            check_single(single, source, state, result)
             if self.recorded:
                 self.kept.singles[single.row] = x, result
             self.kept.z[single.row] = result.detach()

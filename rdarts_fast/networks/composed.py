@@ -25,6 +25,7 @@ from rdarts_fast.networks.operations import FactorizedReduce, Zero
 from rdarts_fast.spaces import INPUTS, edges_into
 
 Norm = nn.BatchNorm2d | None
+RULE = (1e-5, 0.1)  # eps and momentum of the batch norms that a node folds in
 
 
 def composed_cell(
@@ -107,12 +108,12 @@ def before_norm(operation: nn.Module, state: State) -> tuple[Tensor, Norm, Tenso
     """
     if isinstance(operation, nn.Identity):
         return state.value, None, None
-    if isinstance(operation, FactorizedReduce):
+    if isinstance(operation, FactorizedReduce) and rule_of(operation.bn) == RULE:
         return operation.convolve(state.relu), operation.bn, None
     parts = list(operation) if isinstance(operation, nn.Sequential) else [operation]
     norm: Norm = None
-    if isinstance(parts[-1], nn.BatchNorm2d):
-        norm = parts[-1]
+    if rule_of(parts[-1]) == RULE:
+        norm = parts[-1]  # type: ignore[assignment]
         parts = parts[:-1]
     pool = pool_of(operation)
     if pool is not None and len(parts) == 1:
@@ -121,6 +122,15 @@ def before_norm(operation: nn.Module, state: State) -> tuple[Tensor, Norm, Tenso
     for i, part in enumerate(parts):
         x = state.relu if i == 0 and isinstance(part, nn.ReLU) else part(x)
     return x, norm, None
+
+
+def rule_of(norm: nn.Module) -> tuple[float, float] | None:
+    """Return eps and momentum of a batch norm that the kernels know: without affine, with running
+    buffers.
+    """
+    if type(norm) is not nn.BatchNorm2d or norm.affine or norm.running_mean is None:
+        return None
+    return None if norm.momentum is None else (norm.eps, norm.momentum)
 
 
 @dataclass

@@ -35,10 +35,9 @@ def fused_cell(
     it up, all of one size. weights: [E, O]. factors: drop path's, [E, N] or None. Raises TypeError
     and ValueError.
     """
-    for i, tensors in enumerate(inputs):
-        check_inputs(tensors, f"inputs[{i}]")
-    check_coefficients(weights, "weights", "[E, O]", tuple(weights.shape), inputs[0][0])
     plan = cell.plan()
+    parameters = plan.parameters()
+    _check(cell, inputs, weights, parameters)
     n, _, h, w = inputs[1][0].shape
     stride = plan.sources[0].stride
     if cell.training and n * -(-h // stride) * -(-w // stride) < 2:
@@ -46,8 +45,38 @@ def fused_cell(
             f"batch statistics need 2 values a channel or more, got inputs of shape {(n, _, h, w)}"
         )
     counts = [len(tensors) for tensors in inputs]
-    setting = Setting(cell, plan, draws, factors, counts, torch.is_grad_enabled())
-    return list(_Cell.apply(setting, weights, *inputs[0], *inputs[1], *plan.parameters()))
+    recorded = torch.is_grad_enabled()
+    setting = Setting(cell, plan, draws, factors, counts, cell.training, recorded)
+    return list(_Cell.apply(setting, weights, *inputs[0], *inputs[1], *parameters))
+
+
+def _check(
+    cell: Any,
+    inputs: Sequence[Sequence[Tensor]],
+    weights: Tensor,
+    parameters: Sequence[Tensor],
+) -> None:
+    """Raise TypeError or ValueError unless kernels can read what a cell computes with."""
+    like = inputs[0][0]
+    for i, tensors in enumerate(inputs):
+        check_inputs(tensors, f"inputs[{i}]")
+        if tensors[0].dtype != like.dtype or tensors[0].device != like.device:
+            got = f"{tensors[0].dtype} on {tensors[0].device}"
+            raise TypeError(f"inputs[{i}]: expected {like.dtype} on {like.device}, got {got}")
+    shape = (len(cell.edges), len(cell.edges[0].operations))
+    check_coefficients(weights, "weights", "[E, O]", shape, like)
+    dtype = weights.dtype
+    buffers = [
+        buffer
+        for norm in cell.plan().norms
+        for name, buffer in norm._buffers.items()
+        if name != "num_batches_tracked"
+    ]
+    for tensor in (*parameters, *buffers):
+        if tensor.dtype != dtype or tensor.device != like.device:
+            (name, *_) = (n for n, t in cell.state_dict(keep_vars=True).items() if t is tensor)
+            got = f"{tensor.dtype} on {tensor.device}"
+            raise TypeError(f"{name}: expected {dtype} on {like.device}, got {got}")
 
 
 def fused_stem(stem: nn.Module, images: Tensor) -> Tensor:
@@ -56,8 +85,10 @@ def fused_stem(stem: nn.Module, images: Tensor) -> Tensor:
     torch's batch norm of such images adds in float32: four times the error in the logits.
     """
     convolution, norm = stem.children()
-    assert isinstance(norm, nn.BatchNorm2d) and isinstance(norm.running_mean, Tensor)
-    assert norm.running_var is not None and norm.momentum is not None
+    if type(norm) is not nn.BatchNorm2d or not norm.affine or norm.momentum is None:
+        return stem(images)  # type: ignore[no-any-return]
+    if norm.running_mean is None or norm.running_var is None:
+        return stem(images)  # type: ignore[no-any-return]
     z = convolution(images.contiguous(memory_format=torch.channels_last))
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -94,17 +125,27 @@ class _Cell(Function):
 
 
 @contextmanager
-def spare_buffers(module: nn.Module) -> Iterator[None]:
-    """Let copies of the buffers be moved instead of them."""
-    owners = [(part, dict(part._buffers)) for part in module.modules()]
-    for part, buffers in owners:
-        for name, buffer in buffers.items():
+def _as_it_was(setting: Setting, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Let a cell compute what it did in the forward pass: in the same mode, with these parameters,
+    and with copies of its buffers, which it may move.
+    """
+    modules = [(part, part.training) for part in setting.cell.modules()]
+    tables = [
+        (table, dict(table)) for part, _ in modules for table in (part._buffers, part._parameters)
+    ]
+    for part, _ in modules:
+        for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else buffer.clone()
+    for (part, name), parameter in zip(setting.plan.owners, parameters, strict=True):
+        part._parameters[name] = parameter  # type: ignore[assignment]
+    setting.cell.train(setting.training)
     try:
         yield
     finally:
-        for part, buffers in owners:
-            part._buffers.update(buffers)
+        for table, before in tables:
+            table.update(before)
+        for part, mode in modules:
+            part.training = mode
 
 
 def _recorded_backward(
@@ -114,18 +155,10 @@ def _recorded_backward(
     and parameters.
     """
     # A tensor that enters twice has a gradient at each place: an alias for each.
-    weights, *rest = (tensor.view_as(tensor) for tensor in tensors)
-    inputs, _ = setting.split(rest)
-    with spare_buffers(setting.cell):
+    weights, *rest = aliases = [tensor.view_as(tensor) for tensor in tensors]
+    inputs, parameters = setting.split(rest)
+    with _as_it_was(setting, parameters):
         nodes = composed_cell(setting.cell, inputs, weights, setting.draws, setting.factors)
-    aliases = [weights, *(tensor for part in inputs for tensor in part)]
-    used = [
-        *aliases,
-        *tensors[len(aliases) :],
-    ]  # of the parameters, the modules use these themselves
-    wanted = {id(t): t for t, need in zip(used, needs, strict=True) if need}
-    gradients = torch.autograd.grad(
-        nodes, list(wanted.values()), g, create_graph=True, allow_unused=True
-    )
-    found = dict(zip(wanted, gradients, strict=True))
-    return [found.pop(id(t), None) for t in used]
+    wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(nodes, wanted, g, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]

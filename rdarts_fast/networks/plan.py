@@ -7,10 +7,11 @@ kernel stays a module; so does one whose modules are not what operations.py buil
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -18,12 +19,13 @@ from rdarts_fast.kernels.array import MOST_INPUTS
 from rdarts_fast.kernels.norm_table import Terms
 from rdarts_fast.kernels.pool import KINDS
 from rdarts_fast.kernels.sep_stage import KERNELS, Geometry
-from rdarts_fast.networks.composed import pool_of
+from rdarts_fast.networks.composed import pool_of, rule_of
 from rdarts_fast.networks.operations import FactorizedReduce, Noise, Zero
 from rdarts_fast.spaces import INPUTS, edges_into
 
 Rule = tuple[float, float]  # eps and momentum of a batch norm
 Kind = tuple[Any, ...]  # what candidates share that are one launch
+Owner = tuple[nn.Module, str]  # a module and the name of a parameter of its own
 Candidate = tuple[Kind, int, int, nn.Module]  # its edge, its index into the flattened weights
 
 
@@ -55,9 +57,9 @@ class Stages:
         norms: list[Any] = [[part[at + 2] for part in parts] for at in firsts]
         return cls(list(geometries), rule, edges, convolutions, norms)
 
-    def weights(self, stage: int) -> list[Tensor]:
-        """Return a stage's depthwise weights, then the pointwise."""
-        return [_weight(convolution) for convolution in self.convolutions[stage]]
+    def owners(self, stage: int) -> list[Owner]:
+        """Return what owns a stage's depthwise weights, then the pointwise."""
+        return [(convolution, "weight") for convolution in self.convolutions[stage]]
 
 
 @dataclass
@@ -74,9 +76,9 @@ class Reduction:
     row: int = 0
     parameters: slice = field(default_factory=lambda: slice(0))
 
-    def weights(self) -> list[Tensor]:
-        """Return the weights, edge by edge."""
-        return [_weight(half) for halves in self.convolutions for half in halves]
+    def owners(self) -> list[Owner]:
+        """Return what owns the weights, edge by edge."""
+        return [(half, "weight") for halves in self.convolutions for half in halves]
 
     def by_edge(self, weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """Return those weights, the halves of an edge together."""
@@ -103,6 +105,15 @@ class Single:
     edge: int
     row: int = 0
     parameters: slice = field(default_factory=lambda: slice(0))
+
+    def owners(self) -> list[Owner]:
+        """Return what owns the module's parameters."""
+        return [
+            (part, name)
+            for part in self.module.modules()
+            for name, parameter in part._parameters.items()
+            if parameter is not None
+        ]
 
 
 @dataclass
@@ -133,7 +144,8 @@ class Plan:
     """The plan of a cell of `nodes` nodes. edges: [E], the candidates of each.
 
     `whole` says whether the kernels can compute the cell. rows: R of the table; the first two are
-    those of the preprocessing.
+    those of the preprocessing. owners: the module and name of every parameter. norms: every batch
+    norm that the kernels compute.
     """
 
     def __init__(
@@ -143,6 +155,7 @@ class Plan:
         edges: Sequence[Sequence[nn.Module]],
         strides: Sequence[int],
     ) -> None:
+        self._made_of = [*preprocess, *(module for candidates in edges for module in candidates)]
         found = [_preprocessing(module) for module in preprocess]
         self.inputs = [reduction for reduction in found if reduction is not None]
         self.sources = [Source(1) for _ in range(INPUTS + nodes)]
@@ -161,7 +174,14 @@ class Plan:
             0 < len(node.edges) <= MOST_INPUTS and len(node.sites) <= MOST_INPUTS
             for node in self.nodes
         )
-        self._count_parameters()
+        self.owners = self._place_parameters()
+        self.norms = self._found_norms()
+
+    def fits(self, preprocess: Sequence[nn.Module], edges: Sequence[Sequence[nn.Module]]) -> bool:
+        """Say whether this is the plan of these very modules."""
+        modules = [*preprocess, *(module for candidates in edges for module in candidates)]
+        same = map(operator.is_, modules, self._made_of)
+        return len(modules) == len(self._made_of) and all(same)
 
     def _candidates(
         self, nodes: int, edges: Sequence[Sequence[nn.Module]], strides: Sequence[int]
@@ -227,40 +247,31 @@ class Plan:
             [e for _, _, e in drawn],
         )
 
-    def _count_parameters(self) -> None:
-        """Give each part its place in `parameters()`."""
-        end = 0
+    def _place_parameters(self) -> list[Owner]:
+        """Return what owns each parameter, and tell each part where its own stand."""
+        owners: list[Owner] = []
 
-        def place(tensors: Sequence[Tensor]) -> slice:
-            nonlocal end
-            end += len(tensors)
-            return slice(end - len(tensors), end)
+        def place(own: Sequence[Owner]) -> slice:
+            owners.extend(own)
+            return slice(len(owners) - len(own), len(owners))
 
         for reduction in self.inputs:
-            reduction.parameters = place(reduction.weights())
+            reduction.parameters = place(reduction.owners())
         for source in self.sources:
             for stages in source.stages:
-                stages.parameters = [place(stages.weights(s)) for s in range(len(stages.rows))]
+                stages.parameters = [place(stages.owners(s)) for s in range(len(stages.rows))]
             for reduction in source.reductions:
-                reduction.parameters = place(reduction.weights())
+                reduction.parameters = place(reduction.owners())
             for single in source.singles:
-                single.parameters = place(list(single.module.parameters()))
+                single.parameters = place(single.owners())
+        return owners
 
     def parameters(self) -> list[Tensor]:
         """Return every weight."""
-        found = [weight for reduction in self.inputs for weight in reduction.weights()]
-        for source in self.sources:
-            for stages in source.stages:
-                for stage in range(len(stages.rows)):
-                    found += stages.weights(stage)
-            for reduction in source.reductions:
-                found += reduction.weights()
-            for single in source.singles:
-                found += single.module.parameters()
+        found: list[Any] = [module._parameters[name] for module, name in self.owners]
         return found
 
-    def norms(self) -> list[nn.BatchNorm2d]:
-        """Return every batch norm that the kernels compute."""
+    def _found_norms(self) -> list[nn.BatchNorm2d]:
         found = [norm for reduction in self.inputs for norm in reduction.norms]
         for source in self.sources:
             for stages in source.stages:
@@ -273,28 +284,15 @@ class Plan:
         return found
 
 
-def _weight(convolution: nn.Module) -> Tensor:
-    weight = convolution._parameters["weight"]
-    assert weight is not None
-    return weight
-
-
-def _rule(norm: nn.Module) -> Rule | None:
-    """Return eps and momentum of a batch norm that the kernels know."""
-    if type(norm) is not nn.BatchNorm2d or norm.affine or norm.running_mean is None:
-        return None
-    return None if norm.momentum is None else (norm.eps, norm.momentum)
-
-
 def _kind(module: nn.Module) -> Kind:
     """Return what candidates must share to be one launch."""
     if type(module) is nn.Identity:
         return ("skip",)
-    if type(module) is FactorizedReduce and (rule := _rule(module.bn)):
+    if _is_reduction(module) and (rule := rule_of(module.bn)):
         return ("reduction", rule)
     if type(module) is nn.Sequential:
         pool = pool_of(module)
-        if pool and len(module) == 2 and (rule := _rule(module[1])):
+        if pool and len(module) == 2 and (rule := rule_of(module[1])):
             return ("pool", pool[0], rule)
         stages = _stages_of(module)
         if stages:
@@ -313,19 +311,18 @@ def _stages_of(module: nn.Sequential) -> tuple[tuple[Geometry, ...], Rule] | Non
         if type(relu) is not nn.ReLU or geometry is None or not _is_pointwise(pointwise):
             return None
         geometries.append(geometry)
-        rules.add(_rule(norm))
+        rules.add(rule_of(norm))
     rule = rules.pop()
     return None if rule is None or rules else (tuple(geometries), rule)
 
 
 def _geometry(module: nn.Module) -> Geometry | None:
     """Return the geometry of a depthwise convolution that has a kernel."""
-    if type(module) is not nn.Conv2d or not isinstance(module.padding, tuple):
+    if not _is_plain(module) or not isinstance(module.padding, tuple):
         return None
     kernel, dilation, stride = module.kernel_size[0], module.dilation[0], module.stride[0]
     plain = (
         module.groups == module.in_channels == module.out_channels
-        and module.bias is None
         and module.padding_mode == "zeros"
         and module.kernel_size == (kernel, kernel)
         and module.dilation == (dilation, dilation)
@@ -337,11 +334,25 @@ def _geometry(module: nn.Module) -> Geometry | None:
     return Geometry(kernel, dilation, stride)
 
 
-def _is_pointwise(module: nn.Module) -> bool:
-    if type(module) is not nn.Conv2d or module.bias is not None or module.groups != 1:
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a convolution is its weight and nothing else: no bias, hook or reparametrisation."""
+    if type(module) is not nn.Conv2d or module.bias is not None:
+        return False
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return "weight" in module._parameters and not hooks
+
+
+def _is_pointwise(module: nn.Module, stride: int = 1) -> TypeGuard[nn.Conv2d]:
+    if not _is_plain(module) or module.groups != 1:
         return False
     found = (module.kernel_size, module.stride, module.padding, module.dilation)
-    return found == ((1, 1), (1, 1), (0, 0), (1, 1))
+    return found == ((1, 1), (stride, stride), (0, 0), (1, 1))
+
+
+def _is_reduction(module: nn.Module) -> TypeGuard[FactorizedReduce]:
+    if type(module) is not FactorizedReduce:
+        return False
+    return all(_is_pointwise(half, 2) for half in _halves(module))
 
 
 def _halves(module: FactorizedReduce) -> list[nn.Conv2d]:
@@ -350,13 +361,13 @@ def _halves(module: FactorizedReduce) -> list[nn.Conv2d]:
 
 def _preprocessing(module: nn.Module) -> Reduction | None:
     """Return what brings a cell's input to its channels; None where it has no kernel."""
-    if type(module) is FactorizedReduce and (rule := _rule(module.bn)):
+    if _is_reduction(module) and (rule := rule_of(module.bn)):
         return Reduction(2, rule, [], [_halves(module)], [module.bn])
     if type(module) is not nn.Sequential or len(module) != 3:
         return None
     relu, convolution, norm = module
-    rule = _rule(norm)
+    rule = rule_of(norm)
     if type(relu) is not nn.ReLU or not _is_pointwise(convolution) or rule is None:
         return None
-    assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(norm, nn.BatchNorm2d)
     return Reduction(1, rule, [], [[convolution]], [norm])

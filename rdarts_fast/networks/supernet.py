@@ -2,7 +2,7 @@
 section 2.2).
 
 `backend="reference"` is the published network: one torch module per candidate, `sum(w * op(x))`.
-`backend="fused"` has the same modules, parameters and buffers, and sums each node by a kernel.
+`backend="fused"` has the same modules, parameters and buffers, and computes cells on kernels.
 """
 
 from __future__ import annotations
@@ -113,7 +113,10 @@ class SearchCell(nn.Module):
             )  # [E, N]
         if not self.fused:
             return [self._reference(joined(s0), joined(s1), weights, draws, factors)]
-        whole = self.plan().whole and s0[0].device.type != "meta"
+        plan = self.plan()
+        if any(norm.training is not self.training for norm in plan.norms):  # some are held still
+            return [self._reference(joined(s0), joined(s1), weights, draws, factors)]
+        whole = plan.whole and s0[0].device.type != "meta"
         compute = fused_cell if whole else composed_cell
         return compute(self, (s0, s1), weights, draws, factors)
 
@@ -130,11 +133,15 @@ class SearchCell(nn.Module):
         return torch.cat(states[INPUTS:], dim=1)
 
     def plan(self) -> Plan:
-        """Return what the kernels compute of this cell."""
-        if self._plan is None:
-            edges = [edge for edge in self.edges if isinstance(edge, MixedOp)]
-            operations = [list(edge.operations) for edge in edges]
-            preprocessing = (self.preprocess0, self.preprocess1)
+        """Return what the kernels compute of this cell.
+
+        A candidate that is replaced is seen; modules inside of one must not be once it has been
+        used.
+        """
+        edges = [edge for edge in self.edges if isinstance(edge, MixedOp)]
+        operations = [list(edge.operations._modules.values()) for edge in edges]
+        preprocessing = (self.preprocess0, self.preprocess1)
+        if self._plan is None or not self._plan.fits(preprocessing, operations):
             self._plan = Plan(self.nodes, preprocessing, operations, self.strides)
         return self._plan
 
