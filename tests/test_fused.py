@@ -108,8 +108,8 @@ def full_size(space: str, seed: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("space", ["s2", "s4"])
 def test_float32_is_as_exact_as_the_reference_over_seeds(space: str) -> None:
-    """Alpha gradients err by the few ReLUs that change sides: of six seeds one may err by five times
-    the reference's, and the next by a fifth. The middle of them is held.
+    """Alpha gradients err by the few ReLUs that change sides: of six seeds one may err five times
+    as much as the reference, and the next a fifth. The middle of them is held.
     """
     reference, fused = (
         torch.stack(errors).sqrt().median(dim=0).values
