@@ -40,30 +40,36 @@ void centred_tile(const T* __restrict z, const T* __restrict pivot, T* __restric
   });
 }
 
+// sums: [N, 2, K, C], those of samples [from, to).
 template <typename T>
-void sums_of_sample(const ChannelSums& a, const Runs& r, int64_t n, const double* pivots,
-                    double* sums /* [2, K, C] */) {
+void sums_of_samples(const ChannelSums& a, const Runs& r, int64_t from, int64_t to,
+                     const double* pivots, double* sums) {
   const int64_t plane = a.inputs * r.channels;
-  std::fill_n(sums, 2 * plane, 0.0);
+  std::fill_n(sums + from * 2 * plane, (to - from) * 2 * plane, 0.0);
   std::vector<T> pivot(r.period), sum(r.period, T(0)), square(r.period, T(0));
+  const auto add = r.inner ? centred_tile<T, true> : centred_tile<T, false>;
   for (int k = 0; k < a.inputs; ++k) {
     Reader<T> z(a.z[k], r);
-    for (int64_t run = 0; run < r.count; ++run) {
-      const int64_t row = k * r.channels;
-      spread(r, run, pivot.data(), [&](int64_t c) { return static_cast<T>(pivots[row + c]); });
-      int64_t since = 0;
-      const auto flush_both = [&] {
-        flush(r, run, sum.data(), sums + row);
-        flush(r, run, square.data(), sums + plane + row);
-        since = 0;
-      };
-      for_tiles(r, [&](int64_t begin, int64_t size) {
-        const auto add = r.inner ? centred_tile<T, true> : centred_tile<T, false>;
-        add(z.tile(n, run, begin, size), pivot.data(), sum.data(), square.data(), size, r.period);
-        since += size / r.period;
-        if (since >= kFlushed) flush_both();
-      });
-      flush_both();
+    const int64_t row = k * r.channels;
+    for (int64_t n = from; n < to; ++n) {
+      double* const own = sums + n * 2 * plane + row;
+      for (int64_t run = 0; run < r.count; ++run) {
+        if (n == from || r.count > 1) {
+          spread(r, run, pivot.data(), [&](int64_t c) { return static_cast<T>(pivots[row + c]); });
+        }
+        int64_t since = 0;
+        const auto flush_both = [&] {
+          flush(r, run, sum.data(), own);
+          flush(r, run, square.data(), own + plane);
+          since = 0;
+        };
+        for_tiles(r, [&](int64_t begin, int64_t size) {
+          add(z.tile(n, run, begin, size), pivot.data(), sum.data(), square.data(), size, r.period);
+          since += size / r.period;
+          if (since >= kFlushed) flush_both();
+        });
+        flush_both();
+      }
     }
   }
 }
@@ -86,10 +92,8 @@ void channel_sums_of(const ChannelSums& a, const Runs& r, int threads) {
     first_elements<T>(a, r, a.sums + 2 * plane);
     pivots = a.sums + 2 * plane;
   }
-  parallel_for(r.samples, 1, threads, [&](int64_t from, int64_t to) {
-    for (int64_t n = from; n < to; ++n) {
-      sums_of_sample<T>(a, r, n, pivots, a.workspace + n * 2 * plane);
-    }
+  parallel_for(r.samples, samples_of(r), threads, [&](int64_t from, int64_t to) {
+    sums_of_samples<T>(a, r, from, to, pivots, a.workspace);
   });
   combine(a.workspace, r.samples, 2 * plane, a.sums);
 }
@@ -115,52 +119,57 @@ void plain_tile(const T* __restrict g, T* __restrict sum, int64_t size, int64_t 
   });
 }
 
-// sums: [2, K, C] and [J] of one sample.
+// The products of samples [from, to); sums: [N, size], of which a sample's first are [2, K, C].
 template <typename T>
-void products_of_sample(const NodeSumDq& a, const Runs& r, int64_t n, double* sums) {
+void products_of_samples(const NodeSumDq& a, const Runs& r, int64_t from, int64_t to, int64_t size,
+                         double* sums) {
   const int64_t plane = a.inputs * r.channels;
-  std::fill_n(sums, 2 * plane, 0.0);
-  std::vector<double> plain(r.channels, 0.0);
+  std::vector<double> plain(r.channels);
   std::vector<T> pivots(a.inputs * r.period), products(a.inputs * r.period, T(0));
   std::vector<T> once(r.period, T(0));
   std::vector<Reader<T>> z;
   for (int k = 0; k < a.inputs; ++k) z.emplace_back(a.z[k], r);
   Reader<T> g(a.g, r);
-  for (int64_t run = 0; run < r.count; ++run) {
-    for (int k = 0; k < a.inputs; ++k) {
-      spread(r, run, &pivots[k * r.period], [&](int64_t c) {
-        return a.pivot ? static_cast<T>(a.pivot[k * r.channels + c]) : T(0);
+  const auto add = r.inner ? plain_tile<T, true> : plain_tile<T, false>;
+  const auto multiply = r.inner ? product_tile<T, true> : product_tile<T, false>;
+  const T* const factors = static_cast<const T*>(a.factors);
+  for (int64_t n = from; n < to; ++n) {
+    double* const own = sums + n * size;
+    std::fill_n(own, 2 * plane, 0.0);
+    std::fill(plain.begin(), plain.end(), 0.0);
+    for (int64_t run = 0; run < r.count; ++run) {
+      for (int k = 0; k < a.inputs && (n == from || r.count > 1); ++k) {
+        spread(r, run, &pivots[k * r.period], [&](int64_t c) {
+          return a.pivot ? static_cast<T>(a.pivot[k * r.channels + c]) : T(0);
+        });
+      }
+      int64_t since = 0;
+      const auto flush_all = [&] {
+        for (int k = 0; k < a.inputs; ++k) {
+          flush(r, run, &products[k * r.period], own + k * r.channels);
+        }
+        flush(r, run, once.data(), plain.data());
+        since = 0;
+      };
+      for_tiles(r, [&](int64_t begin, int64_t length) {
+        const T* const gradient = g.tile(n, run, begin, length);
+        add(gradient, once.data(), length, r.period);
+        for (int k = 0; k < a.inputs; ++k) {
+          const T* const input = z[k].tile(n, run, begin, length);
+          const int64_t row = k * r.period;
+          multiply(gradient, input, &pivots[row], &products[row], length, r.period);
+        }
+        since += length / r.period;
+        if (since >= kFlushed) flush_all();
       });
+      flush_all();
     }
-    int64_t since = 0;
-    const auto flush_all = [&] {
-      for (int k = 0; k < a.inputs; ++k) {
-        flush(r, run, &products[k * r.period], sums + k * r.channels);
+    for (int k = 0; k < a.inputs; ++k) {
+      const double factor = factors ? factors[k * r.samples + n] : 1.0;
+      for (int64_t c = 0; c < r.channels; ++c) {
+        own[k * r.channels + c] *= factor;
+        own[plane + k * r.channels + c] = factor * plain[c];
       }
-      flush(r, run, once.data(), plain.data());
-      since = 0;
-    };
-    for_tiles(r, [&](int64_t begin, int64_t size) {
-      const T* gradient = g.tile(n, run, begin, size);
-      const auto add = r.inner ? plain_tile<T, true> : plain_tile<T, false>;
-      const auto multiply = r.inner ? product_tile<T, true> : product_tile<T, false>;
-      add(gradient, once.data(), size, r.period);
-      for (int k = 0; k < a.inputs; ++k) {
-        const T* const input = z[k].tile(n, run, begin, size);
-        const int64_t row = k * r.period;
-        multiply(gradient, input, &pivots[row], &products[row], size, r.period);
-      }
-      since += size / r.period;
-      if (since >= kFlushed) flush_all();
-    });
-    flush_all();
-  }
-  for (int k = 0; k < a.inputs; ++k) {
-    const T* const factors = static_cast<const T*>(a.factors);
-    const double factor = factors ? factors[k * r.samples + n] : 1.0;
-    for (int64_t c = 0; c < r.channels; ++c) {
-      sums[k * r.channels + c] *= factor;
-      sums[plane + k * r.channels + c] = factor * plain[c];
     }
   }
 }
@@ -208,12 +217,9 @@ void drawn_of_sample(const NodeSumDq& a, const Runs& r, int64_t n, double* sums 
 template <typename T>
 void node_sum_dq_of(const NodeSumDq& a, const Runs& r, int threads) {
   const int64_t plane = a.inputs * r.channels, size = 2 * plane + a.drawn.count;
-  parallel_for(r.samples, 1, threads, [&](int64_t from, int64_t to) {
-    for (int64_t n = from; n < to; ++n) {
-      double* const sums = a.workspace + n * size;
-      products_of_sample<T>(a, r, n, sums);
-      drawn_of_sample<T>(a, r, n, sums + 2 * plane);
-    }
+  parallel_for(r.samples, samples_of(r), threads, [&](int64_t from, int64_t to) {
+    products_of_samples<T>(a, r, from, to, size, a.workspace);
+    for (int64_t n = from; n < to; ++n) drawn_of_sample<T>(a, r, n, a.workspace + n * size + 2 * plane);
   });
   std::vector<double> total(size);
   combine(a.workspace, r.samples, size, total.data());

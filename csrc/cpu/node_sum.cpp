@@ -119,10 +119,12 @@ class SampleSum {
 
   // Takes the coefficients of a run of a sample.
   void start(int64_t n, int64_t run) {
+    const bool same = run == run_;
     n_ = n, run_ = run;
     for (int k = 0; k < a_.inputs; ++k) {
-      const int64_t row = k * r_.channels;
       factors_[k] = at<T>(a_.factors, k * r_.samples + n, T(1));
+      if (same) continue;
+      const int64_t row = k * r_.channels;
       spread(r_, run, &scales_[k * r_.period],
              [&](int64_t c) { return static_cast<const T*>(a_.scale)[row + c]; });
       spread(r_, run, &shifts_[k * r_.period],
@@ -152,7 +154,7 @@ class SampleSum {
   std::vector<T> scales_, shifts_;  // a pattern an input
   std::vector<const T*> z_, scale_, shift_;
   std::vector<T> factors_;
-  int64_t n_ = 0, run_ = 0;
+  int64_t n_ = 0, run_ = -1;
 };
 
 template <typename T, bool inner>
@@ -213,7 +215,8 @@ void affine_samples(const Affine& a, const Runs& r, int64_t from, int64_t to) {
   Reader<T> g(a.g, r);
   for (int64_t n = from; n < to; ++n) {
     for (int64_t run = 0; run < r.count; ++run) {
-      for (int k = 0; k < a.inputs; ++k) {
+      const bool same = n > from && r.count == 1 && !a.factors;  // as of the sample before
+      for (int k = 0; k < a.inputs && !same; ++k) {
         const T factor = at<T>(a.factors, k * r.samples + n, T(1));
         const int64_t row = k * r.channels;
         spread(r, run, &by_g[k * r.period],
@@ -246,7 +249,7 @@ template <>
 void node_sum<RDARTS_UNIT>(const NodeSum& a, int threads) {
   if (is_empty(a.out)) return;
   const Runs r = runs_of(a.out);
-  parallel_for(r.samples, 1, threads, [&](int64_t from, int64_t to) {
+  parallel_for(r.samples, samples_of(r), threads, [&](int64_t from, int64_t to) {
     const bool wide = a.out.dtype == DType::kFloat64;
     if (wide && r.inner) sum_samples<double, true>(a, r, from, to);
     if (wide && !r.inner) sum_samples<double, false>(a, r, from, to);
@@ -261,7 +264,7 @@ void affine<RDARTS_UNIT>(const Affine& a, int threads) {
   const Array* like = a.out;
   while (!like->data) ++like;  // one output at least is wanted
   const Runs r = runs_of(*like);
-  parallel_for(r.samples, 1, threads, [&](int64_t from, int64_t to) {
+  parallel_for(r.samples, samples_of(r), threads, [&](int64_t from, int64_t to) {
     if (like->dtype == DType::kFloat64) affine_samples<double>(a, r, from, to);
     else affine_samples<float>(a, r, from, to);
   });

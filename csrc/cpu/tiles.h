@@ -50,11 +50,6 @@ inline Runs runs_of(const Array& like) {
   return r;
 }
 
-// The channel of element i of a run.
-inline int64_t channel_of(const Runs& r, int64_t run, int64_t i) {
-  return r.inner ? i % r.channels : run;
-}
-
 // Whether the tensor's elements lie one behind the other in every run.
 inline bool lies_in_runs(const Array& a, const Runs& r) {
   const int64_t w = r.inner ? r.channels : 1;
@@ -179,10 +174,16 @@ inline void spread(const Runs& r, int64_t run, T* pattern, const Value& value) {
   }
 }
 
+// Samples that a thread takes at once where each has results of its own.
+inline int64_t samples_of(const Runs& r) { return std::max<int64_t>(1, r.samples / 16); }
+
 // Adds a pattern of sums to double sums by channel, and clears it.
 template <typename T>
 inline void flush(const Runs& r, int64_t run, T* pattern, double* sums /* [C] */) {
-  for (int64_t i = 0; i < r.period; ++i) sums[channel_of(r, run, i)] += pattern[i];
+  const int64_t width = r.inner ? r.channels : r.period;
+  for (int64_t first = 0; first < r.period; first += width) {
+    for (int64_t i = 0; i < width; ++i) sums[r.inner ? i : run] += pattern[first + i];
+  }
   std::fill_n(pattern, r.period, T(0));
 }
 
