@@ -266,6 +266,35 @@ def test_a_stem_of_another_kind_runs_as_it_is() -> None:
             assert (a - b).abs().max() <= 1e-10 * (1 + a.abs().max())
 
 
+@pytest.mark.parametrize("space", ["s1", "s4"])
+def test_the_same_bits_again_and_on_two_threads(space: str) -> None:
+    cell = Supernet(space, channels=5, layers=3).cells[1]  # a reduction
+    inputs = [[torch.randn(9, 15, 8, 8)], [torch.randn(9, 5, 8, 8) for _ in range(4)]]
+    tensors = [x.requires_grad_() for part in inputs for x in part]
+    weights = torch.rand(14, 2, requires_grad=True)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            nodes = cell(*inputs, weights, Draws(5), 0.3)
+            loss = sum(node.square().sum() for node in nodes)
+            gradient = torch.autograd.grad(loss, [weights, *tensors, *cell.parameters()])
+            found.append([*nodes, *gradient])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_dead_network_equals_the_reference() -> None:
+    """All inputs zero, and channels that are constant: no NaN, the reference's gradients."""
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.float64)
+    one, other = (everything(net, images, 0.0) for net in two("darts", channels=2, layers=3))
+    for a, b in zip(one, other, strict=True):
+        assert b.isfinite().all()
+        assert (a - b).abs().max() <= 1e-10 * (1 + a.abs().max())
+
+
 def test_twenty_search_steps_equal_the_reference() -> None:
     """Second order, noise and drop path: the alphas to 1e-8."""
     settings = SearchConfig(space="s4", channels=2, layers=3, batch_size=6)
