@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import contenders, kernels, search_step, timing
+from bench import contenders, kernels, launches, search_step, timing
 from bench.contenders import OURS, Setup
 from rdarts_fast.networks import supernet
 
@@ -229,3 +229,16 @@ def test_ctrl_c_is_one_line(tmp_path) -> None:
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does, to all of its processes
     _, error = running.communicate(timeout=60)
     assert (running.returncode, error) == (130, "interrupted\n")
+
+
+def test_launches_are_counted_beside_the_floor(monkeypatch, capsys) -> None:
+    floor = launches.floor_bytes(Setup("s4"))
+    assert floor == pytest.approx(13 * 4 * 62.4e6, rel=1e-3)  # 62 M elements at the published sizes
+    sizes = ["--batch", "2", "--channels", "2", "--layers", "1", "--size", "4", "--json"]
+    monkeypatch.setattr("sys.argv", ["launches", "--space", "s5", *sizes])
+    launches.main()
+    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    by_kernel = {row["kernel"]: row["launches"] for row in rows if "kernel" in row}
+    assert by_kernel["sep_stage_backward"] > 0
+    assert by_kernel.pop("all") == sum(by_kernel.values())
+    assert rows[-1]["floor_gb"] >= 0
