@@ -122,6 +122,13 @@ def test_one_value_a_channel_has_no_statistics() -> None:
         assert loss_of(net.eval(), net.initial_alphas(1), torch.randn(1, 3, 1, 1)).isfinite()
 
 
+def test_inputs_of_two_sizes_are_refused() -> None:
+    cell = Supernet("s2", channels=2, layers=3).cells[0]
+    inputs = [torch.randn(2, 6, 8, 8)], [torch.randn(2, 6, 7, 8)]
+    with pytest.raises(ValueError, match=r"two of one size, got \(2, 2, 8, 8\) and \(2, 2, 7, 8\)"):
+        cell(*inputs, torch.rand(14, 2), Draws(5), 0.0)
+
+
 def test_weights_of_another_type_are_refused() -> None:
     net = Supernet("s2", channels=2, layers=1)
     weights = {kind: w.double() for kind, w in softmax_weights(net.initial_alphas(1)).items()}

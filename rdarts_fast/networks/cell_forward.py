@@ -160,6 +160,9 @@ class CellForward(CellPass):
             torch._foreach_add_([count for count in counters if count is not None], 1)
         for i, reduction in enumerate(self.plan.inputs):
             self.preprocess(i, replace(reduction, row=i))
+        first, second = (tuple(self.kept.states[i].shape) for i in range(INPUTS))
+        if first != second:
+            raise ValueError(f"inputs: expected two of one size, got {first} and {second}")
         nodes = []
         for i, source in enumerate(self.plan.sources):
             self.leave(i, source)
