@@ -65,8 +65,9 @@ Terms terms_of(const Table& table, const TermsAt& at) {
 
 using Rule = std::pair<double, double>;  // eps and momentum
 
-// Fills rows of the table from `first` on and their scales and shifts, from sums, each an address
-// and what lies between its three rows of [C], or in eval mode from the running buffers: [2] each.
+// Fills rows of the table from `first` on and, where they are wanted, their scales and shifts, from
+// sums, each an address and what lies between its three rows of [C], or in eval mode from the
+// running buffers: [2] each.
 void fill_rows(const Table& t, int64_t first, int count, const Numbers& sums,
                const Address* running, const Rule& rule, void* scale, void* shift,
                const Place& place) {
@@ -84,18 +85,15 @@ void fill_rows(const Table& t, int64_t first, int count, const Numbers& sums,
   run(n, place);
 }
 
-// coefficients: [2, G, C].
 void batch_norms_at(int dtype, const Shape& shape, const TableAt& table, int64_t first,
                     const Numbers& sums, const Addresses& running, const Rule& rule,
-                    Address coefficients, const Place& place) {
+                    const Place& place) {
   const Table t = table_of(dtype, shape, table);
   const int inputs = static_cast<int>(running.size() / 2);
   if (inputs < 1 || inputs > kMostInputs || sums.size() != running.size()) {
     throw std::invalid_argument("running: expected those of 1 to 64 tensors, and as many sums");
   }
-  void* const scale = pointer(coefficients);
-  fill_rows(t, first, inputs, sums, running.data(), rule, scale,
-            moved(scale, t.dtype, inputs * t.channels), place);
+  fill_rows(t, first, inputs, sums, running.data(), rule, nullptr, nullptr, place);
 }
 
 // kept: [3, K, C] float64: the means, which the backward needs, then room for scales and shifts.

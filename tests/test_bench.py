@@ -124,8 +124,8 @@ def test_the_check_of_a_search_step_catches_a_wrong_network(monkeypatch) -> None
 def test_the_check_of_a_search_step_catches_a_wrong_gradient(monkeypatch) -> None:
     right = supernet.fused_cell
 
-    def without_weights(cell, inputs, weights, *arguments):
-        return right(cell, inputs, weights / 2 + weights.detach() / 2, *arguments)
+    def without_weights(cell, plan, inputs, weights, *arguments):
+        return right(cell, plan, inputs, weights / 2 + weights.detach() / 2, *arguments)
 
     monkeypatch.setattr(supernet, "fused_cell", without_weights)
     with pytest.raises(AssertionError, match="s5: our gradient differ"):

@@ -84,7 +84,7 @@ struct Normalization {
   const void* weights;  // [K]; null for ones
   double* mean;         // [K, C] each
   double* rstd;
-  void* scale;
+  void* scale;  // [K, C] each, or null: not wanted
   void* shift;
 };
 

@@ -37,6 +37,7 @@ RDARTS_BODY void normalize_channel(const Normalization& a, int k, int64_t c) {
   }
   a.mean[i] = mean;
   a.rstd[i] = rstd;
+  if (!a.scale) return;
   // The shift belongs to the rounded scale, so that a large mean does not show its rounding.
   const T scale = static_cast<T>(weight * rstd);
   static_cast<T*>(a.scale)[i] = scale;

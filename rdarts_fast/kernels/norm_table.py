@@ -44,7 +44,7 @@ class Drawn:
     former into the flattened weights.
 
     numbers: float32 [J, N, C H W] or None: where, on the CPU, a forward pass leaves what it draws
-    and a backward finds it, three times as fast as drawing it again.
+    for the backward.
     """
 
     key: Key
@@ -87,15 +87,13 @@ class NormTable:
         sums: Sequence[tuple[Tensor, int]],
         running: Sequence[Running],
         rule: tuple[float, float],
-    ) -> Tensor:
-        """Fill G rows from `first` on and return their scales and shifts, [2, G, C].
+    ) -> None:
+        """Fill G rows from `first` on.
 
         shape: of the tensors. sums: for each of them [3, G', C] as the stages give them and its
         place among the G'; unread in eval mode. running: their buffers. rule: eps and momentum.
         """
         channels = shape[1]
-        dtype = array.coefficient_dtype(self.dtype)
-        maps = torch.empty(2, len(running), channels, dtype=dtype, device=self.device)
         native.extension.batch_norms(
             array.DTYPES[self.dtype],
             tuple(shape),
@@ -104,10 +102,8 @@ class NormTable:
             [n for rows, g in sums for n in (rows.data_ptr() + 8 * g * channels, rows.stride(0))],
             [buffer.data_ptr() for pair in running for buffer in pair],
             rule,
-            maps.data_ptr(),
             native.place(self.device),
         )
-        return maps
 
     def node(
         self,

@@ -51,7 +51,7 @@ def launch_stages(
     dtype = array.coefficient_dtype(x[0].dtype)
     maps = torch.empty(len(links), 2, len(x), shapes[0][1], dtype=dtype, device=x[0].device)
     running = [[tensor for pair in link.running for tensor in pair] for link in links]
-    buffer = _buffer(x, shapes, links, backward=False)
+    buffer = _buffer(x, _together(x), shapes, links, backward=False)
     native.extension.stages(
         array.DTYPES[x[0].dtype],
         tuple(x[0].shape),
@@ -87,7 +87,7 @@ def launch_stages_backward(
     """
     shapes = _shapes(x, links)
     dtype, place = array.DTYPES[x[0].dtype], native.place(x[0].device)
-    together = native.extension.edges_together(dtype, tuple(x[0].shape), len(x), place)
+    together = _together(x)
     between = [
         [array.empty(x[0], shape, torch.channels_last) for _ in range(together)]
         for shape in shapes[:-1]
@@ -95,7 +95,7 @@ def launch_stages_backward(
     dweights = [
         [torch.empty_like(w) for w in link.weights] if wants_weights else [] for link in links
     ]
-    buffer = _buffer(x, shapes, links, backward=True)
+    buffer = _buffer(x, together, shapes, links, backward=True)
     native.extension.stages_backward(
         dtype,
         tuple(x[0].shape),
@@ -141,15 +141,22 @@ def _stages(
     ]
 
 
+def _together(x: Sequence[Tensor]) -> int:
+    """Return how many edges the native functions take at a time."""
+    dtype, place = array.DTYPES[x[0].dtype], native.place(x[0].device)
+    count: int = native.extension.edges_together(dtype, tuple(x[0].shape), len(x), place)
+    return count
+
+
 def _buffer(
     x: Sequence[Tensor],
+    together: int,
     shapes: Sequence[tuple[int, int, int, int]],
     links: Sequence[Link],
     *,
     backward: bool,
 ) -> Tensor:
-    dtype, place, shape = array.DTYPES[x[0].dtype], native.place(x[0].device), tuple(x[0].shape)
-    together = native.extension.edges_together(dtype, shape, len(x), place)
+    place, shape = native.place(x[0].device), tuple(x[0].shape)
     stages = [(out, link.geometry) for out, link in zip(shapes, links, strict=True)]
     size = native.extension.stages_buffer(together, shape, stages, backward, place)
     return torch.empty(size, dtype=torch.float64, device=x[0].device)

@@ -73,18 +73,16 @@ class CellBackward(CellPass):
         ds, z = self.gradient_of(i, None), self.kept.z[i]
         self.table.node_backward(ds, [z], own_term(i), None, self.kept.means[i], None)
         weights = reduction.by_edge(self.parameters[reduction.parameters])
-        self.dparameters[reduction.parameters] = self.given(
-            launch_mixing_backward(
-                Sources(tensors, weights, reduction.stride),
-                [ds],
-                [z],
-                self.table.affine(i, 1),
-                dv,
-                [False] * len(dv),
-                wants_weights=self.wants_parameters,
-            ),
-            reduction.parameters,
+        dweights = launch_mixing_backward(
+            Sources(tensors, weights, reduction.stride),
+            [ds],
+            [z],
+            self.table.affine(i, 1),
+            dv,
+            [False] * len(dv),
+            wants_weights=self.wants_parameters,
         )
+        self.keep(dweights, reduction.parameters)
         return dv
 
     def gradient_of(self, i: int, g: Tensor | None) -> Tensor:
@@ -133,9 +131,10 @@ class CellBackward(CellPass):
         """Return the gradients of the states that some edges enter."""
         return [self.ds[self.cell.targets[e]] for e in edges]
 
-    def given(self, gradients: Sequence[Tensor], place: slice) -> Sequence[Tensor | None]:
-        """Return the parameters' gradients, or None for each where they are not wanted."""
-        return gradients if self.wants_parameters else [None] * (place.stop - place.start)
+    def keep(self, gradients: Sequence[Tensor], place: slice) -> None:
+        """Put the gradients of some parameters in their place, where they are wanted."""
+        if self.wants_parameters:
+            self.dparameters[place] = gradients
 
     def convolve_backward(self, state: Tensor, stages: Stages, ds: Tensor, adds: bool) -> None:
         """Go back through all stages of some separable convolutions, to the state's gradient."""
@@ -153,7 +152,7 @@ class CellBackward(CellPass):
             wants_weights=self.wants_parameters,
         )
         for place, found in zip(stages.parameters, dweights, strict=True):
-            self.dparameters[place] = self.given(found, place)
+            self.keep(found, place)
 
     def z_of(self, first: int, count: int) -> list[Tensor]:
         """Return the tensors of `count` rows from `first` on."""
@@ -171,7 +170,7 @@ class CellBackward(CellPass):
             [adds],
             wants_weights=self.wants_parameters,
         )
-        self.dparameters[place] = self.given(dweights, place)
+        self.keep(dweights, place)
 
     def pool_backward(self, i: int, source: Source) -> Tensor:
         """Return what comes back through the pools of state i."""

@@ -6,7 +6,7 @@ normalised as it is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -159,7 +159,7 @@ class CellForward(CellPass):
             counters = [norm.num_batches_tracked for norm in self.plan.norms]
             torch._foreach_add_([count for count in counters if count is not None], 1)
         for i, reduction in enumerate(self.plan.inputs):
-            self.preprocess(i, replace(reduction, row=i))
+            self.preprocess(i, reduction)
         first, second = (tuple(self.kept.states[i].shape) for i in range(INPUTS))
         if first != second:
             raise ValueError(f"inputs: expected two of one size, got {first} and {second}")

@@ -112,9 +112,9 @@ def before_norm(operation: nn.Module, state: State) -> tuple[Tensor, Norm, Tenso
         return operation.convolve(state.relu), operation.bn, None
     parts = list(operation) if isinstance(operation, nn.Sequential) else [operation]
     norm: Norm = None
-    if rule_of(parts[-1]) == RULE:
-        norm = parts[-1]  # type: ignore[assignment]
-        parts = parts[:-1]
+    last = parts[-1]
+    if isinstance(last, nn.BatchNorm2d) and rule_of(last) == RULE:
+        norm, parts = last, parts[:-1]
     pool = pool_of(operation)
     if pool is not None and len(parts) == 1:
         return state.pool(*pool).value, norm, state.pool(*pool).sums

@@ -1,4 +1,4 @@
-"""A cell of the supernet on kernels: one autograd function, each tensor written once.
+"""A cell of the supernet on kernels: one autograd function, each result written once.
 
 cell_forward.py and cell_backward.py are its two passes, plan.py says what they launch. What is
 differentiated twice is computed anew by composed.py, whose parts have derivatives of every order.
@@ -18,12 +18,14 @@ from rdarts_fast.draws import Draws
 from rdarts_fast.kernels import channel_affine, normalized_sum
 from rdarts_fast.kernels.array import check_coefficients, check_inputs
 from rdarts_fast.networks.cell_backward import CellBackward
-from rdarts_fast.networks.cell_forward import CellForward, Setting
+from rdarts_fast.networks.cell_forward import CellForward, Setting, buffers_of
 from rdarts_fast.networks.composed import composed_cell
+from rdarts_fast.networks.plan import Plan
 
 
 def fused_cell(
     cell: Any,
+    plan: Plan,
     inputs: Sequence[Sequence[Tensor]],
     weights: Tensor,
     draws: Draws,
@@ -31,13 +33,12 @@ def fused_cell(
 ) -> list[Tensor]:
     """Return the nodes of a cell, [N, C, H, W] each, channels innermost.
 
-    cell: a SearchCell whose plan is whole. inputs: the two, each as the tensors whose channels make
-    it up, all of one size. weights: [E, O]. factors: drop path's, [E, N] or None. Raises TypeError
-    and ValueError.
+    cell: a SearchCell. plan: its, which is whole. inputs: the two, each as the tensors whose
+    channels make it up, all of one size. weights: [E, O]. factors: drop path's, [E, N] or None.
+    Raises TypeError and ValueError.
     """
-    plan = cell.plan()
     parameters = plan.parameters()
-    _check(cell, inputs, weights, parameters)
+    _check(cell, plan, inputs, weights, parameters)
     n, _, h, w = inputs[1][0].shape
     stride = plan.sources[0].stride
     if cell.training and n * -(-h // stride) * -(-w // stride) < 2:
@@ -52,6 +53,7 @@ def fused_cell(
 
 def _check(
     cell: Any,
+    plan: Plan,
     inputs: Sequence[Sequence[Tensor]],
     weights: Tensor,
     parameters: Sequence[Tensor],
@@ -66,12 +68,7 @@ def _check(
     shape = (len(cell.edges), len(cell.edges[0].operations))
     check_coefficients(weights, "weights", "[E, O]", shape, like)
     dtype = weights.dtype
-    buffers = [
-        buffer
-        for norm in cell.plan().norms
-        for name, buffer in norm._buffers.items()
-        if name != "num_batches_tracked"
-    ]
+    buffers = [buffer for pair in buffers_of(plan.norms) for buffer in pair]
     for tensor in (*parameters, *buffers):
         if tensor.dtype != dtype or tensor.device != like.device:
             (name, *_) = (n for n, t in cell.state_dict(keep_vars=True).items() if t is tensor)
@@ -85,10 +82,15 @@ def fused_stem(stem: nn.Module, images: Tensor) -> Tensor:
     torch's batch norm of such images adds in float32: four times the error in the logits.
     """
     convolution, norm = stem.children()
-    if type(norm) is not nn.BatchNorm2d or not norm.affine or norm.momentum is None:
-        return stem(images)  # type: ignore[no-any-return]
-    if norm.running_mean is None or norm.running_var is None:
-        return stem(images)  # type: ignore[no-any-return]
+    if (
+        type(norm) is not nn.BatchNorm2d
+        or not norm.affine
+        or norm.momentum is None
+        or norm.running_mean is None
+        or norm.running_var is None
+    ):
+        plain: Tensor = stem(images)
+        return plain
     z = convolution(images.contiguous(memory_format=torch.channels_last))
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -137,7 +139,8 @@ def _as_it_was(setting: Setting, parameters: Sequence[Tensor]) -> Iterator[None]
         for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else buffer.clone()
     for (part, name), parameter in zip(setting.plan.owners, parameters, strict=True):
-        part._parameters[name] = parameter  # type: ignore[assignment]
+        own: dict[str, Any] = part._parameters
+        own[name] = parameter
     setting.cell.train(setting.training)
     try:
         yield

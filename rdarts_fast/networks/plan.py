@@ -158,6 +158,8 @@ class Plan:
         self._made_of = [*preprocess, *(module for candidates in edges for module in candidates)]
         found = [_preprocessing(module) for module in preprocess]
         self.inputs = [reduction for reduction in found if reduction is not None]
+        for row, reduction in enumerate(self.inputs):
+            reduction.row = row
         self.sources = [Source(1) for _ in range(INPUTS + nodes)]
         self.rows = INPUTS
         self._terms: list[list[tuple[int, int, int, bool]]] = [[] for _ in edges]

@@ -116,9 +116,9 @@ class SearchCell(nn.Module):
         plan = self.plan()
         if any(norm.training is not self.training for norm in plan.norms):  # some are held still
             return [self._reference(joined(s0), joined(s1), weights, draws, factors)]
-        whole = plan.whole and s0[0].device.type != "meta"
-        compute = fused_cell if whole else composed_cell
-        return compute(self, (s0, s1), weights, draws, factors)
+        if plan.whole and s0[0].device.type != "meta":
+            return fused_cell(self, plan, (s0, s1), weights, draws, factors)
+        return composed_cell(self, (s0, s1), weights, draws, factors)
 
     def _reference(
         self, s0: Tensor, s1: Tensor, weights: Tensor, draws: Draws, factors: Tensor | None
