@@ -1,0 +1,207 @@
+"""Eigenvalues of operators with known answers, of published Hessians, and of a supernet's."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rdarts_fast.curvature import (
+    HessianOperator,
+    hessian,
+    softmax_null_space,
+    spectral_density,
+    spectrum,
+    top_eigenvalue,
+    trace,
+)
+from rdarts_fast.draws import Draws
+from rdarts_fast.networks import Supernet, softmax_weights
+
+DOUBLE = torch.float64
+
+
+class Matrix:
+    """An operator that counts its products."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix, self.shape, self.products = matrix, tuple(matrix.shape), 0
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        self.products += 1 if v.ndim == 1 else v.shape[1]
+        return self.matrix @ v
+
+
+def with_eigenvalues(*values: float, seed: int = 0) -> Tensor:
+    """Return a symmetric matrix of these eigenvalues."""
+    generator = torch.Generator().manual_seed(seed)
+    square = torch.randn(len(values), len(values), generator=generator, dtype=DOUBLE)
+    q, _ = torch.linalg.qr(square)
+    return q @ torch.diag(torch.tensor(values, dtype=DOUBLE)) @ q.t()
+
+
+def test_a_quadratic() -> None:
+    a = with_eigenvalues(3.0, -1.0, 0.5, 0.0)
+    x = torch.randn(2, 2, dtype=DOUBLE).requires_grad_()
+    operator = HessianOperator(lambda: x.reshape(-1) @ a @ x.reshape(-1) / 2, [x])
+    assert operator.shape == (4, 4)
+    torch.testing.assert_close(hessian(operator), a, rtol=0, atol=1e-12)
+    torch.testing.assert_close(operator.gradient, a @ x.detach().reshape(-1), rtol=0, atol=1e-12)
+    v = torch.randn(4, 3, dtype=DOUBLE)
+    torch.testing.assert_close(operator @ v, a @ v, rtol=0, atol=1e-12)
+    assert spectrum(operator).tolist() == pytest.approx([-1.0, 0.0, 0.5, 3.0], abs=1e-12)
+    assert trace(operator) == pytest.approx(2.5, abs=1e-12)
+
+
+def test_a_softmax_regression() -> None:
+    # The Hessian of cross entropy in the logits' bias: mean of diag(p) - p p^T (known in closed
+    # form), with the null vector of ones.
+    logits = torch.randn(7, 5, dtype=DOUBLE)
+    bias = torch.zeros(5, dtype=DOUBLE, requires_grad=True)
+    labels = torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    operator = HessianOperator(lambda: F.cross_entropy(logits + bias, labels), [bias])
+    p = logits.softmax(dim=1)
+    expected = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(dim=0)
+    torch.testing.assert_close(hessian(operator), expected, rtol=0, atol=1e-12)
+    assert float(spectrum(operator)[0]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_linear_loss_has_the_zero_hessian() -> None:
+    x = torch.zeros(12, dtype=DOUBLE, requires_grad=True)
+    found = top_eigenvalue(HessianOperator(lambda: x.sum(), [x]))
+    assert (found.value, found.absolute, found.products) == (0.0, 0.0, 1.0)
+
+
+VALUES = [0.02 * i - 0.7 for i in range(50)]  # -0.70 to 0.28
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lanczos_finds_the_largest_signed_eigenvalue(seed: int) -> None:
+    operator = Matrix(with_eigenvalues(*VALUES, 0.9, seed=seed))
+    found = top_eigenvalue(operator, generator=torch.Generator().manual_seed(seed))
+    assert found.value == pytest.approx(0.9, rel=1e-3)  # not -0.7's neighbour, nor by size
+    assert found.products == operator.products < 15
+    assert float(found.vector.norm()) == pytest.approx(1.0)
+    left = operator.matrix @ found.vector - found.value * found.vector
+    assert float(left.norm()) == pytest.approx(found.residual, abs=1e-9)
+    exact = top_eigenvalue(operator, rtol=1e-13, atol=0.0)
+    assert exact.value == pytest.approx(0.9, rel=1e-12)
+
+
+def test_the_largest_by_size_is_reported_beside_it() -> None:
+    found = top_eigenvalue(Matrix(with_eigenvalues(*VALUES, -5.0, 0.9)))
+    assert found.value == pytest.approx(0.9, rel=1e-3)
+    assert found.absolute == pytest.approx(-5.0, rel=1e-3)
+    small = top_eigenvalue(Matrix(with_eigenvalues(-5.0, 0.9, 0.1)))
+    assert (small.value, small.absolute) == pytest.approx((0.9, -5.0))
+    assert small.products == 3.0  # the whole matrix was cheaper
+
+
+def test_a_degenerate_top_pair() -> None:
+    found = top_eigenvalue(Matrix(with_eigenvalues(*VALUES, 0.9, 0.9)))
+    assert found.value == pytest.approx(0.9, rel=1e-3)
+
+
+def test_a_negative_definite_matrix() -> None:
+    found = top_eigenvalue(Matrix(with_eigenvalues(*(-0.1 * i - 0.2 for i in range(30)))))
+    assert found.value == pytest.approx(-0.2, rel=1e-3)
+
+
+def test_a_known_null_space_makes_zero_the_least() -> None:
+    null = softmax_null_space([(4, 3), (2, 4)])
+    assert null.shape == (20, 6)
+    torch.testing.assert_close(null.t() @ null, torch.eye(6, dtype=DOUBLE))
+    alphas = torch.randn(4, 3, dtype=DOUBLE), torch.randn(2, 4, dtype=DOUBLE)
+    for k in range(6):  # a step along any changes no softmax weight
+        first, second = null[:, k].split([12, 8])
+        moved = alphas[0] + first.view(4, 3), alphas[1] + second.view(2, 4)
+        for before, after in zip(alphas, moved, strict=True):
+            torch.testing.assert_close(before.softmax(-1), after.softmax(-1))
+    project = torch.eye(20, dtype=DOUBLE) - null @ null.t()
+    negative = project @ with_eigenvalues(*(-0.1 * i - 0.2 for i in range(20))) @ project
+    found = top_eigenvalue(Matrix(negative), null_space=null)
+    assert found.value == 0.0
+    assert float((negative @ found.vector).norm()) < 1e-12
+    positive = project @ with_eigenvalues(*(0.1 * i for i in range(20))) @ project
+    found = top_eigenvalue(Matrix(positive), null_space=null)
+    assert found.value == pytest.approx(float(torch.linalg.eigvalsh(positive)[-1]), rel=1e-3)
+
+
+def test_it_takes_the_whole_matrix_where_that_is_cheaper() -> None:
+    class Dense(Matrix):
+        dense_products = 2.5
+
+        def dense(self) -> Tensor:
+            return self.matrix
+
+    operator = Dense(with_eigenvalues(*VALUES))
+    found = top_eigenvalue(operator)
+    assert (found.products, operator.products) == (2.5, 0)
+    assert found.value == pytest.approx(0.28, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [4, 40])
+def test_values_that_are_not_finite(size: int) -> None:
+    matrix = torch.eye(size, dtype=DOUBLE)
+    matrix[1, 1] = float("nan")
+    for measure in (hessian, spectrum, top_eigenvalue, trace, spectral_density):
+        with pytest.raises(FloatingPointError, match="the Hessian has values that are not finite"):
+            measure(Matrix(matrix))
+
+
+def test_trace_by_random_signs() -> None:
+    operator = Matrix(with_eigenvalues(*VALUES))
+    assert trace(operator) == pytest.approx(sum(VALUES), abs=1e-12)
+    # Of a diagonal matrix every sample is exact.
+    diagonal = Matrix(torch.diag(torch.tensor(VALUES, dtype=DOUBLE)))
+    assert trace(diagonal, samples=3) == pytest.approx(sum(VALUES), abs=1e-12)
+    assert diagonal.products == 3
+    off = abs(trace(operator, samples=400) - sum(VALUES))
+    spread = (2.0 * float(operator.matrix.square().sum()) / 400) ** 0.5
+    assert 0.0 < off < 4.0 * spread
+
+
+def test_spectral_density() -> None:
+    values = [-1.0] * 30 + [2.0] * 10
+    density = spectral_density(Matrix(with_eigenvalues(*values)), probes=20, width=0.05)
+    step = float(density.values[1] - density.values[0])
+    assert float(density.densities.sum()) * step == pytest.approx(1.0, abs=1e-3)
+    right = float(density.densities[density.values > 0.5].sum()) * step
+    assert right == pytest.approx(0.25, abs=0.08)  # 20 random vectors of 40 numbers
+    top = float(density.values[density.densities.argmax()])
+    assert top == pytest.approx(-1.0, abs=0.05)
+
+
+# lambda_max of published Hessians, as their logs' traces have it (S1 on CIFAR-10, S3 on SVHN).
+PUBLISHED = {
+    "s1_cifar10_epoch0": 0.1788443,
+    "s1_cifar10_epoch24": 0.5082562,
+    "s1_cifar10_epoch49": 0.5211678,
+    "s3_svhn_epoch0": 0.1103797,
+    "s3_svhn_epoch24": 0.150265,
+    "s3_svhn_epoch49": 0.2122146,
+}
+
+
+def published(name: str) -> Tensor:
+    """Return a published Hessian."""
+    with np.load(Path(__file__).parent / "data" / "published_hessians.npz") as stored:
+        upper = torch.from_numpy(stored[name]).double()
+    size = 56 if name.startswith("s1") else 84
+    matrix = torch.zeros(size, size, dtype=DOUBLE)
+    rows, columns = torch.triu_indices(size, size)
+    matrix[rows, columns] = matrix[columns, rows] = upper
+    return matrix
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_hessians(name: str) -> None:
+    matrix = published(name)
+    operator = Matrix(matrix)
+    found = top_eigenvalue(operator, rtol=1e-10)
+    assert float(spectrum(operator)[-1]) == pytest.approx(PUBLISHED[name], abs=1e-6)
+    assert found.value == pytest.approx(PUBLISHED[name], abs=1e-6)
+    quick = top_eigenvalue(operator)
+    assert quick.value == pytest.approx(PUBLISHED[name], rel=1e-3) and quick.products <= 12
