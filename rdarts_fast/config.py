@@ -86,6 +86,8 @@ class SearchConfig(RunConfig):
     """second: alphas through a virtual step of the weights, as published; first: twice as fast."""
     epsilon_scale: float = 0.01
     """Second order's difference step times the vector's norm (published 0.01, far from exact)."""
+    implicit: Literal["difference", "exact"] = "difference"
+    """Second order's mixed derivative: by the published difference, or exact by differentiating."""
     noise_per_pass: Literal["fresh", "shared"] = "fresh"
     """fresh: noise and masks anew in each forward pass, as published; shared: once a step."""
     learning_rate_min: float = 0.001
@@ -100,6 +102,34 @@ class SearchConfig(RunConfig):
     """Weight decay on the alphas."""
     cutout_schedule: Literal["constant", "linear"] = "constant"
     """constant: cutout_prob throughout, as the code ran; linear: from 0, as the paper says."""
+    curvature: Literal["off", "lambda", "spectrum", "full"] = "off"
+    """lambda: largest eigenvalue of the alphas' Hessian; spectrum: all; full: H and g as npz."""
+    curvature_every: int = 2
+    """Epochs between two measurements; the published value. The last epoch has one anyway."""
+    curvature_decay: bool = True
+    """Add the alphas' weight decay to the Hessian's diagonal, as published: eigenvalues + 1e-3."""
+    early_stop: Literal["off", "stop", "simulate"] = "off"
+    """DARTS-ES. stop: end with the genotype of the stop epoch; simulate: note it and go on."""
+    stop_rule: Literal["code", "paper"] = "code"
+    """code: the published code's rule, by the flags below; paper: 0.75 over 5 epochs, no flags."""
+    stop_factor: float = 1.3
+    """Stop where the local average of lambda_max has grown by more than this factor."""
+    stop_window: int = 5
+    """Measurements that a local average takes; odd."""
+    stop_delta: int = 4
+    """Measurements between the two averages that are compared."""
+    stop_start_epoch: int = 10
+    """First epoch to go back to."""
+    adaptive: Literal["off", "l2", "drop-path", "both"] = "off"
+    """DARTS-ADA: where the rule fires, go back to the stop epoch and regularise more by this."""
+    adaptive_factor: float = 10.0
+    """What a rollback multiplies the weight decay by."""
+    adaptive_max: float = 0.03
+    """Largest weight decay that a rollback may go on with."""
+    adaptive_step: float = 0.2
+    """What a rollback adds to the drop-path probability."""
+    adaptive_drop_path_max: float = 0.6
+    """Largest drop-path probability that a rollback may go on with."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +221,10 @@ _LEAST = {
     "threads": 1,
     "image_size": 8,
     "cutout_length": 1,
+    "curvature_every": 1,
+    "stop_window": 1,
+    "stop_delta": 1,
+    "stop_start_epoch": 0,
 }
 # What a resumed run may change without changing what it computes.
 FREE_ON_RESUME = ("resume", "device", "threads", "checkpoint_minutes", "tensorboard", "data_root")
@@ -350,7 +384,7 @@ def _check_types(config: RunConfig) -> None:
 def checked(config: Config) -> Config:
     """Return the config after checking its ranges. Raises UserError naming the flag."""
     for name, least in _LEAST.items():
-        value = getattr(config, name)
+        value = getattr(config, name, None)
         if value is not None and value < least:
             raise UserError(
                 f"{flag(name)}: expected a whole number of at least {least}, got {value}"
@@ -363,11 +397,41 @@ def checked(config: Config) -> Config:
     for name in ("epsilon_scale", "grad_clip"):
         if getattr(config, name, 1.0) == 0.0:
             raise UserError(f"{flag(name)}: expected a number above 0, got 0")
+    if isinstance(config, SearchConfig):
+        _check_curvature(config)
     return config
 
 
+def _check_curvature(config: SearchConfig) -> None:
+    for name in ("early_stop", "adaptive"):
+        if getattr(config, name) != "off" and config.curvature == "off":
+            got = f"{flag(name)} {getattr(config, name)}"
+            raise UserError(f"{got} follows the eigenvalue: add --curvature lambda")
+    if config.early_stop == "stop" and config.adaptive != "off":
+        raise UserError(
+            f"--early-stop stop ends where --adaptive {config.adaptive} would go back: choose one "
+            "(an adaptive search notes the early stop's genotype too)"
+        )
+    if config.stop_rule == "paper" and config.curvature_every != 1:
+        raise UserError(
+            "--stop-rule paper needs the eigenvalue of every epoch: add --curvature-every 1"
+        )
+    if config.stop_window % 2 == 0:
+        raise UserError(f"--stop-window: expected an odd number, got {config.stop_window}")
+    if config.adaptive in ("l2", "both") and config.adaptive_factor <= 1.0:
+        raise UserError(f"--adaptive-factor: expected above 1, got {config.adaptive_factor}")
+    if config.adaptive in ("drop-path", "both") and config.adaptive_step <= 0.0:
+        raise UserError(f"--adaptive-step: expected above 0, got {config.adaptive_step}")
+
+
 def _check_number(name: str, value: float) -> None:
-    below_one = name in ("drop_path_prob", "momentum", "alpha_beta1", "alpha_beta2")
+    below_one = name in (
+        "drop_path_prob",
+        "adaptive_drop_path_max",
+        "momentum",
+        "alpha_beta1",
+        "alpha_beta2",
+    )
     most = 1.0 if below_one or name == "cutout_prob" else sys.float_info.max
     if not 0.0 <= value <= most or (below_one and value == 1.0):
         limit = " and below 1" if below_one else " and at most 1" if most == 1.0 else ""

@@ -89,10 +89,10 @@ def find_genotype(settings: RetrainConfig) -> Genotype:
     run = Run.read(source)
     if settings.genotypes_at:
         epoch = int(settings.genotypes_at)
-        at = [r for r in run.metrics if r["epoch"] == epoch]
+        at = [r for r in run.history if r["epoch"] == epoch]
         if not at:
             raise UserError(
-                f"--genotypes-at: {source} has epochs 0 to {len(run.metrics) - 1}, not {epoch}"
+                f"--genotypes-at: {source} has epochs 0 to {len(run.history) - 1}, not {epoch}"
             )
         return Genotype.from_dict(at[-1]["genotype"])
     if run.genotype is None:

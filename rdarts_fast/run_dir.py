@@ -26,7 +26,7 @@ import shutil
 import socket
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +136,7 @@ class RunDir:
         Half a line that a killed process left is dropped first. Raises ValueError where a number is
         not finite, UserError where the line cannot be written; the file is then as before.
         """
-        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        line = _line(record)
         with self._writing(METRICS) as path:
             _append_line(path, line)
 
@@ -157,6 +157,20 @@ class RunDir:
             if kept != data:
                 _replace(path, kept)
 
+    def mark_metrics(self, name: str, flags: Callable[[list[dict[str, Any]]], list[bool]]) -> None:
+        """Give the records of metrics.jsonl that `flags` chooses the entry NAME, true, atomically.
+
+        flags: takes all records, returns as many flags.
+        """
+        with self._writing(METRICS) as path:
+            records = _read_metrics(path)
+            chosen = zip(records, flags(records), strict=True)
+            new = [record for record, flag in chosen if flag and not record.get(name)]
+            for record in new:
+                record[name] = True
+            if new:
+                _replace(path, b"".join(_line(record) for record in records))
+
     def save_checkpoint(self, state: Mapping[str, Any], name: str = "last") -> None:
         """Write checkpoints/NAME.pt: killed at any moment, it holds the old state or the new one.
 
@@ -175,16 +189,28 @@ class RunDir:
         """
         return _load_checkpoint(self.folder / _checkpoint_name(name))
 
+    def prune_checkpoints(self, kept: Collection[str]) -> None:
+        """Remove every checkpoint but the last and those named."""
+        names = {_checkpoint_name(name) for name in (*kept, "last")}
+        with self._writing(CHECKPOINTS) as folder:
+            for path in folder.glob("*.pt"):
+                if f"{CHECKPOINTS}/{path.name}" not in names:
+                    path.unlink()
+
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as NAME, atomically. Raises ValueError where a number is not finite."""
         self.write_text(name, _json_text(value))
 
     def write_text(self, name: str, text: str) -> None:
         """Write `text` as NAME in the folder, atomically."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write `data` as NAME in the folder, atomically."""
         if Path(name).name != name or not Path(name).suffix:
             raise ValueError(f"expected a file name such as 'genotype.json', got {name!r}")
         with self._writing(name) as path:
-            _replace(path, text.encode())
+            _replace(path, data)
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
@@ -205,7 +231,7 @@ class Run:
     folder: Path
     config: dict[str, Any]
     environment: dict[str, Any]
-    metrics: list[dict[str, Any]]  # one an epoch
+    metrics: list[dict[str, Any]]  # one an epoch; "abandoned" where a rollback has undone it
     genotype: Genotype | None  # None as long as the run has found none
     result: dict[str, Any] | None  # None as long as the run has not ended
 
@@ -225,6 +251,11 @@ class Run:
             genotype=_read_genotype(folder / GENOTYPE),
             result=_read_object(folder / RESULT) if (folder / RESULT).exists() else None,
         )
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The metrics without what a rollback has undone: one record an epoch, in order."""
+        return [record for record in self.metrics if not record.get("abandoned")]
 
     def load_checkpoint(self, name: str = "last") -> dict[str, Any]:
         """Read checkpoints/NAME.pt as it is now, tensors on the CPU. Raises as RunDir's does."""
@@ -463,6 +494,10 @@ def _read_genotype(path: Path) -> Genotype | None:
         return Genotype.from_json(data.decode(errors="replace"))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
 
 
 def _json_text(value: Any) -> str:

@@ -9,21 +9,24 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rdarts_fast import bilevel, config, plots, training
+from rdarts_fast import bilevel, config, plots, tracking, training
 from rdarts_fast.config import SearchConfig
+from rdarts_fast.curvature import HessianOperator
 from rdarts_fast.draws import Draws
-from rdarts_fast.errors import exit_on_user_error
+from rdarts_fast.errors import UserError, exit_on_user_error
 from rdarts_fast.events import Events
-from rdarts_fast.genotype import discretize, kept_edges
+from rdarts_fast.genotype import Genotype, discretize, kept_edges
 from rdarts_fast.networks import Supernet, softmax_weights
+from rdarts_fast.rollback import early_stop, goes_on, mark_abandoned, save_for_rollback
 from rdarts_fast.run_dir import GENOTYPE, RESULT, SPACE, Run, RunDir
+from rdarts_fast.search_state import SearchState
 from rdarts_fast.spaces import load_space
 from rdarts_fast.tasks.classification import Classification
 
@@ -48,7 +51,8 @@ def _search(settings: SearchConfig, device: torch.device) -> Run:
     resumed = settings.resume
     space = load_space(settings.space if resumed is None else resumed / SPACE)
     task = Classification.load(settings, device)
-    state = SearchState.start(settings, task.supernet(settings, space).to(device))
+    supernet = task.supernet(settings, space).to(device)
+    state = SearchState.start(settings, supernet, tracking.new_trace(settings))
     where = training.environment(device, settings, task.fingerprint())
     name = f"{space.name}-{training.plain(task.images.name)}-seed{settings.seed}"
     files = {SPACE: json.dumps(space.to_dict())}
@@ -60,66 +64,6 @@ def _search(settings: SearchConfig, device: torch.device) -> Run:
         with training.event_writer(settings, run, state.epoch) as events:
             loop(settings, task, state, run, stop, events)
         return finish(settings, state, run)
-
-
-@dataclass
-class SearchState:
-    """Everything that changes during a search, and that a checkpoint holds."""
-
-    supernet: Supernet
-    alphas: dict[str, Tensor]  # cell type -> [E, O]
-    weight_optimizer: torch.optim.SGD
-    alpha_optimizer: torch.optim.Adam
-    epoch: int = 0
-    step: int = 0  # within the epoch
-    branch: int = 0
-    records: int = 0  # lines of metrics.jsonl
-    sums: training.Sums = field(default_factory=training.Sums)
-    seconds: float = 0.0  # spent in the present epoch
-
-    @classmethod
-    def start(cls, settings: SearchConfig, supernet: Supernet) -> SearchState:
-        """Return the state before the first step."""
-        alphas = supernet.initial_alphas(settings.seed)
-        weight_optimizer = training.sgd(supernet.parameters(), settings)
-        alpha_optimizer = torch.optim.Adam(
-            alphas.values(),
-            lr=settings.alpha_learning_rate,
-            betas=(settings.alpha_beta1, settings.alpha_beta2),
-            weight_decay=settings.alpha_weight_decay,
-            foreach=True,
-        )
-        return cls(supernet, alphas, weight_optimizer, alpha_optimizer)
-
-    def to_checkpoint(self) -> dict[str, Any]:
-        """Return the state as a checkpoint holds it."""
-        return {
-            "kind": "search",
-            "epoch": self.epoch,
-            "step": self.step,
-            "branch": self.branch,
-            "records": self.records,
-            "sums": dict(self.sums.values),
-            "seconds": self.seconds,
-            "supernet": self.supernet.state_dict(),
-            "alphas": {kind: alpha.detach() for kind, alpha in self.alphas.items()},
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "alpha_optimizer": self.alpha_optimizer.state_dict(),
-        }
-
-    def from_checkpoint(self, stored: dict[str, Any]) -> None:
-        """Take over a checkpoint. Raises what an entry that is missing or does not fit raises."""
-        self.supernet.load_state_dict(stored["supernet"])
-        with torch.no_grad():
-            for kind, alpha in self.alphas.items():
-                if stored["alphas"][kind].shape != alpha.shape:
-                    raise ValueError(f"alphas {kind}: expected shape {tuple(alpha.shape)}")
-                alpha.copy_(stored["alphas"][kind])
-        self.weight_optimizer.load_state_dict(stored["weight_optimizer"])
-        self.alpha_optimizer.load_state_dict(stored["alpha_optimizer"])
-        self.epoch, self.step, self.branch = stored["epoch"], stored["step"], stored["branch"]
-        self.records, self.seconds = stored["records"], stored["seconds"]
-        self.sums = training.Sums(dict(stored["sums"]))
 
 
 def loop(
@@ -134,7 +78,8 @@ def loop(
     step (Algorithm 1).
     """
     clock = training.Clock(settings.checkpoint_minutes)
-    while state.epoch < settings.epochs:
+    mark_abandoned(run, state)
+    while goes_on(settings, state, run):
         epoch = state.epoch
         started = time.monotonic() - state.seconds
         rate = training.cosine(
@@ -142,9 +87,9 @@ def loop(
         )
         training.set_learning_rate(state.weight_optimizer, rate)
         state.supernet.drop_path_prob = training.linear(
-            epoch, settings.epochs - 1, settings.drop_path_prob
+            epoch, settings.epochs - 1, state.regularisation.drop_path_prob
         )
-        cutout = cutout_probability(settings, epoch)
+        cutout = cutout_probability(settings, state)
         draws = Draws(settings.seed, state.branch)
         batches = task.search_epoch(draws.at(step=epoch))
         state.supernet.train()
@@ -218,7 +163,8 @@ def alpha_step(
         result = bilevel.first_order(validation_loss, alphas, buffers, parameters)
     else:
         momenta = [state.weight_optimizer.state[p].get("momentum_buffer") for p in parameters]
-        virtual = bilevel.VirtualStep(rate, settings.momentum, settings.weight_decay, momenta)
+        decay = state.regularisation.weight_decay
+        virtual = bilevel.VirtualStep(rate, settings.momentum, decay, momenta)
         result = bilevel.second_order(
             training_loss,
             validation_loss,
@@ -226,6 +172,7 @@ def alpha_step(
             alphas,
             virtual,
             epsilon_scale=settings.epsilon_scale,
+            exact=settings.implicit == "exact",
             buffers=buffers,
         )
     training.check_finite(result.validation_loss, "validation loss", state.epoch, state.step, run)
@@ -251,15 +198,15 @@ def weight_step(
     state.weight_optimizer.zero_grad()
 
 
-def cutout_probability(settings: SearchConfig, epoch: int) -> float:
-    """Return the probability of cutout in `epoch`: only beside drop path; constant as the code ran,
-    or linear.
+def cutout_probability(settings: SearchConfig, state: SearchState) -> float:
+    """Return the probability of cutout in the present epoch: only beside drop path; constant as the
+    code ran, or linear.
     """
-    if settings.drop_path_prob == 0.0:
+    if state.regularisation.drop_path_prob == 0.0:
         return 0.0
     if settings.cutout_schedule == "constant":
         return settings.cutout_prob
-    return training.linear(epoch, settings.epochs - 1, settings.cutout_prob)
+    return training.linear(state.epoch, settings.epochs - 1, settings.cutout_prob)
 
 
 @torch.no_grad()
@@ -281,6 +228,59 @@ def validate(
     return sums
 
 
+def measure_curvature(
+    settings: SearchConfig,
+    task: Classification,
+    state: SearchState,
+    run: RunDir,
+    cutout: float,
+) -> dict[str, Any]:
+    """Return what the epoch's record has of the curvature, nothing where no measurement is due; the
+    trace takes lambda_max.
+
+    Measured on the last batch that the alphas saw, with a pass of its own (see tracking.py).
+    """
+    if not tracking.due(settings, state.epoch):
+        return {}
+    started = time.monotonic()
+    last = state.epoch * state.step + state.step - 1
+    draws = Draws(settings.seed, state.branch, last)
+    images, labels = task.training_batch(
+        task.validation_rows(draws), draws, cutout, validation=True
+    )
+    key = draws.at(pass_index=training.CURVATURE_PASS)
+
+    def loss() -> Tensor:
+        return task.loss(state.supernet(images, softmax_weights(state.alphas), key), labels)
+
+    alphas = list(state.alphas.values())
+    parameters, buffers = list(state.supernet.parameters()), list(state.supernet.buffers())
+    state.supernet.train()
+    try:
+        with bilevel.unchanged(buffers), bilevel.frozen(parameters):
+            found = tracking.measure(settings, HessianOperator(loss, alphas), alphas, started)
+    except FloatingPointError as error:
+        raise UserError(
+            f"lambda_max at epoch {state.epoch}: {error}: start anew with a lower --learning-rate, "
+            f"or look at the images; the last checkpoint is kept in {run.folder}"
+        ) from error
+    if found.arrays:
+        run.write_bytes(f"hessian-{state.branch}-{state.epoch:03d}.npz", found.to_npz())
+    fired = state.trace.stop_epoch is not None
+    state.trace.update(state.epoch, found.record["lambda_max"])
+    if state.trace.stop_epoch is not None and not fired:
+        return {**found.record, "stop_epoch": state.trace.stop_epoch}
+    return found.record
+
+
+def lambda_text(record: Mapping[str, Any]) -> str:
+    """Return the part of an epoch's line that tells of its lambda_max."""
+    if "lambda_max" not in record:
+        return ""
+    fired = f" (grown since epoch {record['stop_epoch']})" if "stop_epoch" in record else ""
+    return f"lambda_max {record['lambda_max']:.3f}{fired}  "
+
+
 def end_epoch(
     settings: SearchConfig,
     task: Classification,
@@ -291,18 +291,23 @@ def end_epoch(
     cutout: float,
     started: float,
 ) -> None:
-    """Validate, write the epoch's line and genotype, then the checkpoint, and print a line."""
+    """Measure the curvature, validate, write the epoch's line and genotype, then the checkpoint,
+    and print a line.
+    """
+    curvature = measure_curvature(settings, task, state, run, cutout)
     valid = validate(task, state, Draws(settings.seed, state.branch), cutout)
     genotype = discretize(state.supernet.space, state.alphas)
     record = {
         "epoch": state.epoch,
         "branch": state.branch,
         "learning_rate": rate,
+        "weight_decay": state.regularisation.weight_decay,
         "drop_path_prob": state.supernet.drop_path_prob,
         "train_loss": state.sums.loss,
         "train_accuracy": state.sums.accuracy,
         "valid_loss": valid.loss,
         "valid_accuracy": valid.accuracy,
+        **curvature,
         "alphas": {kind: alpha.tolist() for kind, alpha in state.alphas.items()},
         "genotype": genotype.to_dict(),
         "seconds": round(time.monotonic() - started, 3),
@@ -313,12 +318,13 @@ def end_epoch(
     events.write(record)
     state.epoch, state.step, state.seconds, state.sums = state.epoch + 1, 0, 0.0, training.Sums()
     state.records += 1
+    save_for_rollback(settings, state, run)
     run.save_checkpoint(state.to_checkpoint())
     print(
         f"epoch {record['epoch']:>3}/{settings.epochs - 1}  "
         f"train loss {record['train_loss']:.3f} accuracy {record['train_accuracy']:.1%}  "
         f"validation loss {valid.loss:.3f} accuracy {valid.accuracy:.1%}  "
-        f"{record['seconds']:.1f} s",
+        f"{lambda_text(record)}{record['seconds']:.1f} s",
         flush=True,
     )
 
@@ -351,22 +357,32 @@ def announce(
 
 
 def finish(settings: SearchConfig, state: SearchState, run: RunDir) -> Run:
-    """Write result.json and the picture of the cells, and print the genotype."""
-    metrics = Run.read(run.folder).metrics
-    last = metrics[-1]
-    genotype = discretize(state.supernet.space, state.alphas)
-    run.write_json(
-        RESULT,
-        {"valid_accuracy": last["valid_accuracy"], "seconds": sum(r["seconds"] for r in metrics)},
-    )
-    space = state.supernet.space
-    edges = kept_edges(space, genotype, state.alphas)
-    plots.save_cells(
-        run.folder / "cells.svg", edges, genotype.nodes, f"{space.name}, {state.epoch} epochs"
-    )
-    print("\ngenotype:")
+    """Write result.json and the picture of the cells, and print the genotype: of the last epoch, or
+    of the stop epoch where DARTS-ES ended the search.
+    """
+    done = Run.read(run.folder)
+    early = early_stop(done.metrics)
+    found: Mapping[str, Any] = done.history[-1]
+    result: dict[str, Any] = {"seconds": sum(r["seconds"] for r in done.metrics)}
+    if early is not None:
+        result["early_stop"] = {"epoch": early["epoch"], "genotype": early["genotype"]}
+        if settings.early_stop == "stop":
+            found = early
+    if settings.adaptive != "off":
+        result["rollbacks"] = state.branch
+    run.write_json(RESULT, {"valid_accuracy": found["valid_accuracy"], **result})
+    space, genotype = state.supernet.space, Genotype.from_dict(found["genotype"])
+    run.write_text(GENOTYPE, genotype.to_json())
+    alphas = {kind: torch.tensor(values) for kind, values in found["alphas"].items()}
+    edges = kept_edges(space, genotype, alphas)
+    title = f"{space.name}, {found['epoch'] + 1} epochs"
+    plots.save_cells(run.folder / "cells.svg", edges, genotype.nodes, title)
+    which = f" of epoch {found['epoch']}, where lambda_max began to grow" if found is early else ""
+    print(f"\ngenotype{which}:")
     print(genotype.describe())
-    print(f"validation accuracy of the supernet: {last['valid_accuracy']:.2%}")
+    print(f"validation accuracy of the supernet: {found['valid_accuracy']:.2%}")
+    if early is not None and found is not early:
+        print(f"DARTS-ES would have stopped with epoch {early['epoch']}'s: see result.json")
     print(f"run folder: {run.folder} (genotype.json, cells.svg, metrics.jsonl)")
     print(f"train it from scratch: python -m rdarts_fast.retrain {run.folder}", flush=True)
     return Run.read(run.folder)

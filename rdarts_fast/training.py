@@ -28,8 +28,9 @@ from rdarts_fast.events import Events, TensorBoardEvents, check_tensorboard
 from rdarts_fast.native import build_info, cpu_unit
 from rdarts_fast.run_dir import ENVIRONMENT, Run, RunDir
 
-# The forward passes of a step count up from 0; those of an evaluation are apart.
+# The forward passes of a step count up from 0; those of an epoch's end are apart.
 EVALUATION_PASS = 64
+CURVATURE_PASS = 65
 PROGRAMS = {"search": "search", "retraining": "retrain"}  # kind of run -> what to call
 
 

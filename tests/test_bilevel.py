@@ -62,6 +62,22 @@ def test_second_order_on_a_quadratic() -> None:
     )
 
 
+def test_exact_second_order_on_a_quadratic() -> None:
+    # The cubic part has a large third derivative in w, which a difference would see.
+    q = Quadratic()
+    step = bilevel.VirtualStep(0.1, 0.9, 0.01, [q.momentum])
+    before = q.w.detach().clone()
+    losses = q.training_loss, q.validation_loss
+    result = bilevel.second_order(*losses, [q.w], [q.alpha], step, exact=True, epsilon_scale=10.0)
+    torch.testing.assert_close(
+        result.gradient[0], q.expected(0.1, 0.9, 0.01), rtol=1e-13, atol=1e-13
+    )
+    assert torch.equal(q.w, before)
+    alpha = torch.ones(2, dtype=DOUBLE, requires_grad=True)
+    (term,) = bilevel.exact_implicit_term(q.training_loss, [q.w], [alpha], [q.t])
+    assert torch.equal(term, torch.zeros(2, dtype=DOUBLE))
+
+
 def test_first_order_on_a_quadratic() -> None:
     q = Quadratic()
     result = bilevel.first_order(q.validation_loss, [q.alpha])
@@ -120,6 +136,9 @@ def test_implicit_term_equals_double_backward(space: str) -> None:
     size = torch.cat([e.flatten() for e in exact]).norm()
     assert size > 1e-3
     assert difference / size < 1e-6
+    term = bilevel.exact_implicit_term(net.training_loss, net.parameters, alphas, vector)
+    for got, expected in zip(term, exact, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_second_order_on_a_supernet_equals_the_formula() -> None:
@@ -132,6 +151,11 @@ def test_second_order_on_a_supernet_equals_the_formula() -> None:
         net.training_loss, net.validation_loss, net.parameters, alphas, step, epsilon_scale=1e-6
     )
     assert net.calls == ["train", "val", "train", "train"]
+    net.calls.clear()
+    by_differentiating = bilevel.second_order(
+        net.training_loss, net.validation_loss, net.parameters, alphas, step, exact=True
+    )
+    assert net.calls == ["train", "val", "train"]
 
     start = [p.detach().clone() for p in net.parameters]
     gradient = torch.autograd.grad(net.training_loss(), net.parameters, create_graph=True)
@@ -149,6 +173,8 @@ def test_second_order_on_a_supernet_equals_the_formula() -> None:
     for got, d, m in zip(result.gradient, direct, mixed, strict=True):
         assert rate * m.norm() > 1e-6 * d.norm()  # the term is there to be seen
         torch.testing.assert_close(got, d - rate * m, rtol=1e-6, atol=1e-10)
+    for got, d, m in zip(by_differentiating.gradient, direct, mixed, strict=True):
+        torch.testing.assert_close(got, d - rate * m, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("order", ["first", "second"])

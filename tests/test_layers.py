@@ -28,9 +28,11 @@ FLOORS = [
         "published",
         "events",
     ],
-    ["genotype"],
+    ["genotype", "regularisation"],
     ["networks", "run_dir"],
-    ["tasks", "training", "fleet"],
+    ["tasks", "training", "tracking", "fleet"],
+    ["search_state"],
+    ["rollback"],
     ["search", "random_search", "retrain"],
     ["robust", "report", "info", "__init__"],
 ]

@@ -107,4 +107,5 @@ def softmax_null_space(shapes: Sequence[tuple[int, int]]) -> Tensor:
         for edges, operations in shapes
         for _ in range(edges)
     ]
-    return torch.block_diag(*columns).t().contiguous()
+    rows: Tensor = torch.block_diag(*columns)
+    return rows.t().contiguous()

@@ -34,7 +34,8 @@ def hessian(operator: Operator) -> Tensor:
 
 def spectrum(operator: Operator) -> Tensor:
     """Return all eigenvalues, [P], ascending, float64. Raises as `hessian`."""
-    return torch.linalg.eigvalsh(hessian(operator).to("cpu", torch.float64))
+    values: Tensor = torch.linalg.eigvalsh(hessian(operator).to("cpu", torch.float64))
+    return values
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def _start(size: int, null_space: Tensor | None, generator: torch.Generator | No
     v = torch.randn(size, generator=generator, dtype=torch.float64)
     if null_space is not None:
         v -= null_space @ (null_space.t() @ v)
-    return v / torch.linalg.vector_norm(v)
+    unit: Tensor = v / torch.linalg.vector_norm(v)
+    return unit
 
 
 class Krylov:
@@ -142,7 +144,8 @@ class Krylov:
 
     def __init__(self, operator: Operator, start: Tensor, null_space: Tensor | None) -> None:
         self._operator, self._null_space = operator, null_space
-        self._basis, self._next = [], start  # the vectors so far, and the one to extend by
+        self._basis: list[Tensor] = []
+        self._next = start  # what to extend it by
         self._diagonal: list[float] = []
         self._beside: list[float] = []  # the diagonal's neighbours; the last belongs to _next
         self.complete = False

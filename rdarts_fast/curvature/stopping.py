@@ -67,7 +67,7 @@ class EigenvalueTrace:
         self._average(last)
 
     def _average(self, last: bool) -> None:
-        """Add the local averages that the newest measurement completes; the last one completes all."""
+        """Add the local averages that the newest measurement completes: at the end, all."""
         half, count = self.window // 2, len(self.measured)
         values = [value for _, value in self.measured]
         for i in range(len(self.local_average), count if last else max(count - half, 0)):
