@@ -49,6 +49,23 @@ void sep_stage_at(int dtype, const Shape& shape, const Numbers& x, const Shape& 
   run(StageForward{operands.stage, out.data(), sums, sums + size}, place);
 }
 
+// The same of tangents: gate is one tensor, by_gate [G, C].
+void sep_stage_gated_at(int dtype, const Shape& shape, const Numbers& x, const Numbers& gate,
+                        const Shape& out_shape, const Numbers& z, const Geometry& geometry,
+                        const Addresses& weights, Address scale, Address by_gate, Address shift,
+                        Address buffer, const Place& place) {
+  if (place.device >= 0) throw std::invalid_argument("gate: expected tensors on the CPU");
+  Operands operands(dtype, shape, x, geometry, weights, scale, shift);
+  const std::vector<Array> gates = arrays_of(dtype, shape, gate);
+  const std::vector<Array> out = arrays_of(dtype, out_shape, z);
+  if (gates.size() != 1) throw std::invalid_argument("gate: expected one tensor");
+  check_cpu_dtype(out[0].dtype, place);
+  operands.stage.gate = gates.data(), operands.stage.by_gate = pointer(by_gate);
+  double* const sums = pointer<double>(buffer);
+  const int64_t size = 3 * static_cast<int64_t>(out.size()) * out_shape[1];
+  run(StageForward{operands.stage, out.data(), sums, sums + size}, place);
+}
+
 using Map = std::array<Address, 4>;  // by_g, by_z, constant, factors
 
 // `out`: G of g, then G of z.
@@ -166,6 +183,8 @@ void define_stages(py::module_& module) {
   const auto released = py::call_guard<py::gil_scoped_release>();
   module.def("stage_buffer", &stage_buffer, "Doubles of buffer that one of the following needs.");
   module.def("sep_stage", &sep_stage_at, "x..., z...; sums, then workspace.", released);
+  module.def("sep_stage_gated", &sep_stage_gated_at, "x..., gate, z...; sums, then workspace.",
+             released);
   module.def("sep_stage_backward", &sep_stage_backward_at, "x..., g..., z..., dv...", released);
   module.def("mixing_buffer", &mixing_buffer, "Doubles of buffer that one of the following needs.");
   module.def("mixing", &mixing_at, "x..., z...; sums, then workspace.", released);

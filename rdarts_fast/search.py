@@ -18,7 +18,6 @@ from torch import Tensor
 
 from rdarts_fast import bilevel, config, plots, tracking, training
 from rdarts_fast.config import SearchConfig
-from rdarts_fast.curvature import HessianOperator
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError, exit_on_user_error
 from rdarts_fast.events import Events
@@ -250,15 +249,10 @@ def measure_curvature(
     )
     key = draws.at(pass_index=training.CURVATURE_PASS)
 
-    def loss() -> Tensor:
-        return task.loss(state.supernet(images, softmax_weights(state.alphas), key), labels)
-
-    alphas = list(state.alphas.values())
-    parameters, buffers = list(state.supernet.parameters()), list(state.supernet.buffers())
     state.supernet.train()
     try:
-        with bilevel.unchanged(buffers), bilevel.frozen(parameters):
-            found = tracking.measure(settings, HessianOperator(loss, alphas), alphas, started)
+        operator = state.supernet.hessian_operator(state.alphas, images, labels, key)
+        found = tracking.measure(settings, operator, list(state.alphas.values()), started)
     except FloatingPointError as error:
         raise UserError(
             f"lambda_max at epoch {state.epoch}: {error}: start anew with a lower --learning-rate, "

@@ -11,7 +11,7 @@ import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rdarts_fast import curvature
 from rdarts_fast.config import SearchConfig
-from rdarts_fast.curvature import EigenvalueTrace, HessianOperator
+from rdarts_fast.curvature import EigenvalueTrace, Operator
 from rdarts_fast.curvature.operators import flat
 
 
@@ -43,6 +43,12 @@ def new_trace(settings: SearchConfig) -> EigenvalueTrace:
     )
 
 
+class LossOperator(Operator, Protocol):
+    """The Hessian of a loss whose gradient [P] is known."""
+
+    gradient: Tensor
+
+
 @dataclass(frozen=True)
 class Measurement:
     """What a measurement adds to the epoch's record, and with "full" H [P, P] and g [P]."""
@@ -59,7 +65,7 @@ class Measurement:
 
 
 def measure(
-    settings: SearchConfig, operator: HessianOperator, alphas: Sequence[Tensor], started: float
+    settings: SearchConfig, operator: LossOperator, alphas: Sequence[Tensor], started: float
 ) -> Measurement:
     """Return lambda_max and what else `--curvature` asks for.
 

@@ -20,6 +20,8 @@ from rdarts_fast.curvature import (
 )
 from rdarts_fast.draws import Draws
 from rdarts_fast.networks import Supernet, softmax_weights
+from rdarts_fast.networks.hessian import SupernetHessian
+from rdarts_fast.networks.tangent import steps_of
 from rdarts_fast.spaces import OPERATIONS, Space
 
 DOUBLE = torch.float64
@@ -219,8 +221,10 @@ class Net:
     the same weights.
     """
 
-    def __init__(self, space: Space | str, backend: str, dtype: torch.dtype = DOUBLE) -> None:
-        torch.manual_seed(1)
+    def __init__(
+        self, space: Space | str, backend: str, dtype: torch.dtype = DOUBLE, seed: int = 1
+    ) -> None:
+        torch.manual_seed(seed)
         self.supernet = Supernet(space, 4, 3, classes=5, backend=backend).to(dtype)
         self.supernet.drop_path_prob = 0.3
         generator = torch.Generator().manual_seed(2)
@@ -239,6 +243,10 @@ class Net:
         parameters, buffers = list(self.supernet.parameters()), list(self.supernet.buffers())
         with bilevel.unchanged(buffers), bilevel.frozen(parameters):
             return hessian(HessianOperator(self.loss, self.alphas))
+
+    def operator(self, draws: Draws = Draws(7), **more: int) -> SupernetHessian | HessianOperator:  # noqa: B008
+        alphas = dict(zip(("normal", "reduce"), self.alphas, strict=True))
+        return self.supernet.hessian_operator(alphas, self.images, self.labels, draws, **more)
 
     def by_rows(self) -> Tensor:
         """Return the Hessian by differentiating twice, a row at a time."""
@@ -263,11 +271,134 @@ def test_the_hessian_of_a_supernet(space: Space | str) -> None:
     size = float(expected.abs().max())
     assert size > 1e-3
     net = Net(space, "fused")
-    buffers = [buffer.clone() for buffer in net.supernet.buffers()]
-    got = net.hessian()
-    assert float((got - expected).abs().max()) < 1e-9 * size
-    assert all(map(torch.equal, buffers, net.supernet.buffers()))
-    # Softmax does not see a shift: each edge's columns add up to nothing.
-    edges, operations = net.alphas[0].shape
-    sums = got.reshape(2 * edges, operations, -1).sum(dim=1)
-    assert float(sums.abs().max()) < 1e-12
+    state = {name: tensor.clone() for name, tensor in net.supernet.state_dict().items()}
+    operator = net.operator()
+    assert isinstance(operator, SupernetHessian)
+    for got in (operator.dense(), net.hessian()):
+        assert float((got - expected).abs().max()) < 1e-9 * size
+        # Softmax does not see a shift: each edge's columns add up to nothing.
+        edges, operations = net.alphas[0].shape
+        sums = got.reshape(2 * edges, operations, -1).sum(dim=1)
+        assert float(sums.abs().max()) < 1e-12
+    assert all(torch.equal(state[k], v) for k, v in net.supernet.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in net.supernet.parameters())
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(net.loss(), net.alphas)])
+    torch.testing.assert_close(operator.gradient, gradient, rtol=1e-9, atol=1e-12)
+    assert float(operator.value) == pytest.approx(float(net.loss().detach()), rel=1e-12)
+
+
+def expect_equal(operator: SupernetHessian | HessianOperator, net: Net) -> None:
+    """Compare the operator's matrix with differentiating twice, in whatever state the net is."""
+    expected = net.hessian()
+    size = float(expected.abs().max())
+    assert size > 1e-4
+    assert float((hessian(operator) - expected).abs().max()) < 1e-9 * size
+
+
+def test_products_with_the_hessian_of_a_supernet() -> None:
+    net = Net("s1", "fused")
+    operator = net.operator()
+    v = torch.randn(56, 2, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    by_differentiating = operator @ v
+    assert isinstance(operator, SupernetHessian)
+    torch.testing.assert_close(operator.dense() @ v, by_differentiating, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(operator @ v[:, 0], by_differentiating[:, 0], rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match=r"v: expected shape \(56,\) or \(56, V\), got \(55,\)"):
+        operator @ v[:55, 0]
+    assert top_eigenvalue(operator).products == operator.dense_products == 28 / 12
+
+
+def test_little_memory_takes_the_directions_in_pairs_of_parts() -> None:
+    net = Net("s2", "fused")
+    assert net.operator(memory=1).dense_products == 28 * 27 / 12  # two directions at a time
+    whole = net.operator()
+    assert isinstance(whole, SupernetHessian) and len(whole._blocks()) == 1
+    some = net.operator(memory=12 * whole._passes.bytes_a_direction())
+    assert isinstance(some, SupernetHessian) and len(some._blocks()) == 10
+    expect_equal(some, net)
+
+
+def test_in_eval_mode_and_with_some_batch_norms_held_still() -> None:
+    net = Net("s2", "fused")
+    net.loss()  # moves the running statistics away from their start
+    net.supernet.eval()
+    expect_equal(net.operator(), net)
+    net.supernet.train()
+    held = [m for m in net.supernet.modules() if type(m) is torch.nn.BatchNorm2d][::3]
+    for norm in held:
+        norm.eval()
+    expect_equal(net.operator(), net)
+
+
+def test_without_drop_path() -> None:
+    net = Net("s4", "fused")
+    net.supernet.drop_path_prob = 0.0
+    expect_equal(net.operator(), net)
+
+
+def test_operations_without_steps_and_the_reference_are_differentiated_twice() -> None:
+    assert isinstance(Net("s5", "reference").operator(), HessianOperator)
+    net = Net("s5", "fused")
+    cell = net.supernet.cells[0]
+    channels = cell.edges[0].operations[0][1].in_channels
+    cell.edges[0].operations[0] = torch.nn.Sequential(
+        torch.nn.Conv2d(channels, channels, 1), torch.nn.Tanh()
+    ).double()
+    operator = net.operator()
+    assert isinstance(operator, HessianOperator)
+    expect_equal(operator, net)
+
+
+class Odd(torch.nn.Module):
+    """Never taken apart: a subclass may compute anything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_what_steps_know() -> None:
+    norm = torch.nn.BatchNorm2d(4, affine=False)
+    convolution = torch.nn.Conv2d(4, 4, 1, bias=False)
+    relu = torch.nn.ReLU()
+    chain = steps_of(torch.nn.Sequential(norm, relu, convolution, norm))
+    assert chain is not None and [type(step).__name__ for step in chain] == [
+        *("Norm", "Gate", "Linear", "Norm")
+    ]
+    for module in (
+        torch.nn.Conv2d(4, 4, 1),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.BatchNorm2d(4, affine=False, track_running_stats=False),
+        Odd(),
+        torch.nn.Sequential(relu, Odd()),
+        torch.nn.GELU(),
+    ):
+        assert steps_of(module) is None
+    hooked = torch.nn.Conv2d(4, 4, 1, bias=False)
+    hooked.register_forward_hook(lambda *given: None)
+    assert steps_of(hooked) is None
+
+
+def test_a_chain_that_begins_with_a_batch_norm() -> None:
+    net = Net("s5", "fused")
+    for cell in net.supernet.cells:
+        channels = cell.edges[0].operations[0][1].in_channels
+        cell.edges[1].operations[1] = torch.nn.Sequential(
+            torch.nn.BatchNorm2d(channels, affine=False),
+            torch.nn.ReLU(),
+            torch.nn.AvgPool2d(3, cell.strides[1], 1),
+        ).double()
+    operator = net.operator()
+    assert isinstance(operator, SupernetHessian)
+    expect_equal(operator, net)
+
+
+@pytest.mark.parametrize("space", ["s1", "s4", ALL], ids=lambda s: getattr(s, "name", s))
+def test_float32(space: Space | str) -> None:
+    exact = Net(space, "fused").operator().dense()
+    operator = Net(space, "fused", torch.float32).operator()
+    got = operator.dense()
+    assert got.dtype == DOUBLE and operator.gradient.dtype == torch.float32
+    error = float((got - exact).abs().max() / exact.abs().max())
+    assert 0.0 < error < 1e-5
+    found = top_eigenvalue(operator).value
+    assert found == pytest.approx(float(torch.linalg.eigvalsh(exact)[-1]), rel=1e-4)

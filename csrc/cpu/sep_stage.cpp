@@ -67,6 +67,28 @@ void fill_image(const Pixels<T>& x, const Sizes& g, const T* scale, const T* shi
   }
 }
 
+// image = scale x + by_gate gate + shift inside of the padding where gate > 0, else 0; just x there
+// where scale is null.
+template <typename T>
+void fill_gated(const Pixels<T>& x, const Pixels<T>& gate, const Sizes& g, const T* scale,
+                const T* by_gate, const T* shift, T* image) {
+  constexpr int L = kVector<T>;
+  for (int v = 0; v < g.in; ++v) {
+    const Vec<T> a = scale ? load(scale + v * L) : Vec<T>{} + T(1);
+    const Vec<T> b = scale ? load(shift + v * L) : Vec<T>{};
+    const Vec<T> c = scale ? load(by_gate + v * L) : Vec<T>{};
+    for (int64_t row = 0; row < g.height; ++row) {
+      T* const to = image + (v * g.padded_pixels + (row + g.pad) * g.padded_width + g.pad) * L;
+      x.along(row, g.width, v, [&](int64_t column, const Vec<T>& value) {
+        store<T>(to + column * L, a * value + b);
+      });
+      gate.along(row, g.width, v, [&](int64_t column, const Vec<T>& value) {
+        store<T>(to + column * L, where_passed<T>(load(to + column * L) + c * value, value));
+      });
+    }
+  }
+}
+
 // d[blocks, tile, L] = the depthwise part of `rows` rows.
 template <typename T>
 void convolve_rows(const Depthwise<T>& kernel, const T* image, const Sizes& g, const T* taps,
@@ -91,6 +113,7 @@ inline int64_t rows_of(const Sizes& g, int64_t first, int64_t rows) {
 template <typename T>
 struct Edge {
   T *taps = nullptr, *turned = nullptr, *matrix = nullptr, *scale = nullptr, *shift = nullptr;
+  T* by_gate = nullptr;
   GradientMap<T> map;  // backward
 
   Edge() = default;
@@ -98,7 +121,7 @@ struct Edge {
     constexpr int64_t L = kVector<T>;
     taps = parts.take(g.in * g.taps * L), turned = parts.take(g.in * g.taps * L);
     matrix = parts.take(backward ? g.in * g.out_channels * L : g.out * g.channels * L);
-    scale = parts.take(g.in * L), shift = parts.take(g.in * L);
+    scale = parts.take(g.in * L), shift = parts.take(g.in * L), by_gate = parts.take(g.in * L);
     if (backward) map = GradientMap<T>(g.out, parts);
   }
 
@@ -107,6 +130,7 @@ struct Edge {
     if (!s.scale) return;
     pack_row<T>(row_of<T>(s.scale, e, g.channels), g.channels, scale);
     pack_row<T>(row_of<T>(s.shift, e, g.channels), g.channels, shift);
+    if (s.by_gate) pack_row<T>(row_of<T>(s.by_gate, e, g.channels), g.channels, by_gate);
   }
 };
 
@@ -189,7 +213,10 @@ void forward_of(const StageForward& a, int threads) {
     for (int e = 0; e < s.edges; ++e) {
       const Edge<T>& edge = packed->edges[e];
       for (int64_t n = from; n < to; ++n) {
-        fill_image(Pixels<T>(s.x[e], n), g, s.scale ? edge.scale : nullptr, edge.shift, m.image);
+        const Pixels<T> x(s.x[e], n);
+        const T* const scale = s.scale ? edge.scale : nullptr;
+        if (s.gate) fill_gated(x, Pixels<T>(*s.gate, n), g, scale, edge.by_gate, edge.shift, m.image);
+        else fill_image(x, g, scale, edge.shift, m.image);
         double* const sums = a.workspace + (n * s.edges + e) * own;
         const Pixels<T> next(s.x[e], n + 1);
         const Pixels<T>* const ahead = n + 1 < to ? &next : nullptr;

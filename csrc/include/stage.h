@@ -1,5 +1,6 @@
 // What the launchers of the convolution stages take: half a separable convolution of G edges,
 //   y_g = relu(scale_g[c] * x_g + shift_g[c])                   or relu(x_g)
+//       = scale_g[c] * x_g + by_gate_g[c] * gate + shift_g[c] where gate > 0, else 0,  with a gate
 //   d_g = y_g convolved with depthwise_g, channel by channel    K x K, padding dilation * (K / 2)
 //   z_g[n, o, h, w] = sum_c pointwise_g[o, c] * d_g[n, c, h, w]
 // z and dv lie densely with their channels innermost; arrays of one call share a dtype. Sums are
@@ -24,6 +25,8 @@ struct Stage {
   const void* shift;             // [G, C], where scale is
   const void* const* depthwise;  // [G] of [C, 1, K, K]
   const void* const* pointwise;  // [G] of [O, C, 1, 1]
+  const Array* gate = nullptr;   // like x, of all edges: the tangent of relu. Forward, on the CPU
+  const void* by_gate = nullptr;  // [G, C], where scale is
 };
 
 struct StageForward {

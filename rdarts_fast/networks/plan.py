@@ -309,8 +309,8 @@ def _stages_of(module: nn.Sequential) -> tuple[tuple[Geometry, ...], Rule] | Non
     geometries, rules = [], set()
     for first in range(0, len(module), 4):
         relu, depthwise, pointwise, norm = module[first : first + 4]
-        geometry = _geometry(depthwise)
-        if type(relu) is not nn.ReLU or geometry is None or not _is_pointwise(pointwise):
+        geometry = depthwise_geometry(depthwise)
+        if type(relu) is not nn.ReLU or geometry is None or not is_pointwise(pointwise):
             return None
         geometries.append(geometry)
         rules.add(rule_of(norm))
@@ -318,7 +318,7 @@ def _stages_of(module: nn.Sequential) -> tuple[tuple[Geometry, ...], Rule] | Non
     return None if rule is None or rules else (tuple(geometries), rule)
 
 
-def _geometry(module: nn.Module) -> Geometry | None:
+def depthwise_geometry(module: nn.Module) -> Geometry | None:
     """Return the geometry of a depthwise convolution that has a kernel."""
     if not _is_plain(module) or not isinstance(module.padding, tuple):
         return None
@@ -344,7 +344,7 @@ def _is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return "weight" in module._parameters and not hooks
 
 
-def _is_pointwise(module: nn.Module, stride: int = 1) -> TypeGuard[nn.Conv2d]:
+def is_pointwise(module: nn.Module, stride: int = 1) -> TypeGuard[nn.Conv2d]:
     if not _is_plain(module) or module.groups != 1:
         return False
     found = (module.kernel_size, module.stride, module.padding, module.dilation)
@@ -354,7 +354,7 @@ def _is_pointwise(module: nn.Module, stride: int = 1) -> TypeGuard[nn.Conv2d]:
 def _is_reduction(module: nn.Module) -> TypeGuard[FactorizedReduce]:
     if type(module) is not FactorizedReduce:
         return False
-    return all(_is_pointwise(half, 2) for half in _halves(module))
+    return all(is_pointwise(half, 2) for half in _halves(module))
 
 
 def _halves(module: FactorizedReduce) -> list[nn.Conv2d]:
@@ -369,7 +369,7 @@ def _preprocessing(module: nn.Module) -> Reduction | None:
         return None
     relu, convolution, norm = module
     rule = rule_of(norm)
-    if type(relu) is not nn.ReLU or not _is_pointwise(convolution) or rule is None:
+    if type(relu) is not nn.ReLU or not is_pointwise(convolution) or rule is None:
         return None
     assert isinstance(norm, nn.BatchNorm2d)
     return Reduction(1, rule, [], [[convolution]], [norm])

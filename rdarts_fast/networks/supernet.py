@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from rdarts_fast.curvature import HessianOperator
 from rdarts_fast.draws import SITE_ALPHAS, SITE_NETWORK, Draws
 from rdarts_fast.errors import unknown
 from rdarts_fast.networks.composed import composed_cell, joined
 from rdarts_fast.networks.fused import fused_cell, fused_stem
+from rdarts_fast.networks.hessian import SupernetHessian, hessian_operator
 from rdarts_fast.networks.operations import (
     Noise,
     apply,
@@ -213,6 +215,28 @@ class Supernet(nn.Module):
         means = torch.cat([x.mean(dim=(2, 3)) for x in s1], dim=1)
         logits: Tensor = self.classifier(means)
         return logits
+
+    def hessian_operator(
+        self,
+        alphas: Mapping[str, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        draws: Draws | None = None,
+        *,
+        memory: int = 4 << 30,
+    ) -> SupernetHessian | HessianOperator:
+        """Return the Hessian of the mean cross entropy over the alphas, for rdarts_fast.curvature.
+
+        alphas: cell type -> [E, O]. images: [N, C, H, W], labels: [N]. In the supernet's present
+        mode, with its drop path; draws fix noise and masks. Buffers and gradients stay as they are.
+        memory: bytes that the tangents of the dense matrix may take, about. The reference backend,
+        and a supernet with operations that tangent.py does not know, get an operator that
+        differentiates twice.
+        """
+        self._check_weights(alphas)
+        if draws is None:
+            draws = Draws(seed=int(torch.randint(2**62, ())))
+        return hessian_operator(self, alphas, images, labels, draws, memory)
 
     def _check_weights(self, weights: Weights) -> None:
         for kind in CELL_TYPES:

@@ -1,0 +1,229 @@
+"""A cell of the supernet as chains (chain.py): its primal pass, and the tangents of V directions of
+the alphas through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdarts_fast.draws import Draws
+from rdarts_fast.kernels.array import MOST_INPUTS, empty
+from rdarts_fast.kernels.node_sum import launch_node_sum
+from rdarts_fast.networks.chain import Chain, State
+from rdarts_fast.networks.operations import Noise, Zero, drop_path_factors
+from rdarts_fast.networks.tangent import Norm, products, steps_of
+from rdarts_fast.spaces import INPUTS, edges_into
+
+
+@dataclass
+class Candidate:
+    """A term of a node: its edge and place there, its chain, or its noise."""
+
+    edge: int
+    operation: int
+    source: int
+    chain: Chain | None
+    result: Tensor | None = None  # what the weight multiplies
+    gradient: Tensor | None = None  # of the node, with drop path's factors: [N, C, H, W]
+
+
+@dataclass
+class CellParts:
+    """A cell as chains, and what its passes keep."""
+
+    cell: Any  # a SearchCell
+    inputs: list[Chain]
+    nodes: list[list[Candidate]]
+    factors: Tensor | None = None  # [E, N]
+    states: list[State] = field(default_factory=list)
+    before: list[list[State]] = field(default_factory=list)  # the cell's two inputs
+
+    @classmethod
+    def of(cls, cell: Any) -> CellParts | None:
+        """Return the parts of a cell; None where an operation has no steps."""
+        inputs = [steps_of(module) for module in (cell.preprocess0, cell.preprocess1)]
+        nodes: list[list[Candidate]] = []
+        for node in range(cell.nodes):
+            nodes.append([])
+            for source, e in enumerate(edges_into(node)):
+                for o, module in enumerate(cell.edges[e].operations):
+                    if isinstance(module, Zero):
+                        continue
+                    chain = None
+                    if not isinstance(module, Noise):
+                        steps = steps_of(module)
+                        if steps is None:
+                            return None
+                        chain = Chain(steps)
+                    nodes[-1].append(Candidate(e, o, source, chain))
+        found = [Chain(steps) for steps in inputs if steps]
+        if len(found) != INPUTS or any(chain.last is None for chain in found):
+            return None
+        return cls(cell, found, nodes)
+
+    def primal(
+        self,
+        before: list[list[State]],
+        weights: Tensor,
+        draws: Draws,
+        drop_path: float,
+        inner: list[tuple[Norm, Tensor]],
+    ) -> list[State]:
+        """Compute the cell; return the states that make up its output."""
+        cell, self.before = self.cell, before
+        like = before[0][0].value
+        if drop_path > 0.0 and cell.training:
+            self.factors = drop_path_factors(draws, cell.site, len(cell.edges), like, drop_path)
+        self.states = []
+        for chain, states in zip(self.inputs, before, strict=True):
+            x = chain.primal(states, inner)
+            assert chain.last is not None
+            if not chain.last.still:
+                inner.append((chain.last, x))
+            self.states.append(State(x))
+        for candidates in self.nodes:
+            terms = [self._term(candidate, weights, draws, inner) for candidate in candidates]
+            if not terms:
+                stride = 2 if cell.kind == "reduce" else 1
+                terms = [torch.zeros_like(self.states[0].value[:, :, ::stride, ::stride])]
+            value = torch.stack(terms).sum(dim=0) if len(terms) > 1 else terms[0]
+            self.states.append(State(value.contiguous(memory_format=torch.channels_last)))
+        return self.states[INPUTS:]
+
+    def _term(
+        self,
+        candidate: Candidate,
+        weights: Tensor,
+        draws: Draws,
+        inner: list[tuple[Norm, Tensor]],
+    ) -> Tensor:
+        state = self.states[candidate.source]
+        if candidate.chain is None:
+            module = self.cell.edges[candidate.edge].operations[candidate.operation]
+            x = module(state.value.detach(), draws)
+        else:
+            x = candidate.chain.primal([state], inner)
+        candidate.result = x.detach().contiguous(memory_format=torch.channels_last)
+        term: Tensor = weights[candidate.edge, candidate.operation] * x
+        if self.factors is not None:
+            term = term * self.factors[candidate.edge].view(-1, 1, 1, 1)
+        return term
+
+    def take(self, gradients: Sequence[Tensor]) -> None:
+        """Take the gradients of the nodes."""
+        for candidates, gradient in zip(self.nodes, gradients, strict=True):
+            plain = gradient.contiguous(memory_format=torch.channels_last)
+            for candidate in candidates:
+                g = plain
+                if self.factors is not None:
+                    g = plain * self.factors[candidate.edge].view(-1, 1, 1, 1)
+                candidate.gradient = g
+                if candidate.chain is not None and candidate.chain.last is not None:
+                    candidate.chain.last.take(g)
+
+    def tangent(self, weights: Tensor, dweights: Tensor, along: Tensor, hessian: Tensor) -> None:
+        """Let the tangents of V directions through the cell.
+
+        weights: [E, O]. dweights: theirs, [V, E, O]. along: [V, E, O], to which the sums of the
+        gradients with each candidate's tangents are added. hessian: [V, V], likewise.
+        """
+        for i, (chain, states) in enumerate(zip(self.inputs, self.before, strict=True)):
+            dz = chain.tangent(states, hessian)
+            if dz is not None:
+                assert chain.last is not None
+                hessian += chain.last.curvature
+                dz = chain.last.tangent(dz)
+            self.states[i].tangent = dz
+        for node, candidates in enumerate(self.nodes):
+            terms = [self._tangent_of(c, weights, along, hessian) for c in candidates]
+            state = self.states[INPUTS + node]
+            state.tangent = self._node(candidates, terms, weights, dweights, state.value)
+
+    def _tangent_of(
+        self, c: Candidate, weights: Tensor, along: Tensor, hessian: Tensor
+    ) -> Tensor | None:
+        """Return the tangents of a candidate, before its last batch norm where it has one."""
+        if c.chain is None:
+            return None
+        dz = c.chain.tangent([self.states[c.source]], hessian)
+        if dz is None:
+            return None
+        last = c.chain.last
+        if last is not None:
+            hessian += weights[c.edge, c.operation].double() * last.curvature
+            along[:, c.edge, c.operation] += last.along
+        else:
+            assert c.gradient is not None
+            found = products(c.gradient, dz.split(len(c.gradient)))
+            along[:, c.edge, c.operation] += found.sum(dim=1)
+        return dz
+
+    def _node(
+        self,
+        candidates: Sequence[Candidate],
+        terms: Sequence[Tensor | None],
+        weights: Tensor,
+        dweights: Tensor,
+        like: Tensor,
+    ) -> Tensor | None:
+        """Return the tangents of a node: sum of p dz_hat + dp z_hat, with drop path's factors."""
+        if not candidates:
+            return None
+        directions, (n, channels) = len(dweights), like.shape[:2]
+        tensors: list[Sequence[Tensor]] = []
+        scales, edges = [], []
+        constant = torch.zeros(directions, len(candidates), channels, dtype=torch.float64)
+        constant = constant.to(like.device)
+        for k, (c, dz) in enumerate(zip(candidates, terms, strict=True)):
+            p = weights[c.edge, c.operation].double()
+            by_result = dweights[:, c.edge, c.operation].double()[:, None].expand(-1, channels)
+            if dz is not None:
+                by_dz = p.expand(directions, channels)
+                if c.chain is not None and c.chain.last is not None:
+                    own = c.chain.last.coefficients()
+                    by_dz = p * own[0].expand(directions, channels)
+                    by_result = by_result + p * own[1]
+                    constant[:, k] = p * own[2]
+                tensors.append(dz.split(n))
+                scales.append(by_dz)
+                edges.append(c.edge)
+            assert c.result is not None
+            tensors.append([c.result] * directions)
+            scales.append(by_result)
+            edges.append(c.edge)
+        scale = torch.stack(scales, dim=1).to(like.dtype)  # [V, K, C]
+        factors = None if self.factors is None else self.factors[edges]
+        out = empty(like, (directions * n, *like.shape[1:]), torch.channels_last)
+        shift = self._shift(candidates, constant)
+        for v, part in enumerate(out.split(n)):
+            z = [rows[v] for rows in tensors]
+            _sum_into(part, z, scale[v], factors)
+            if shift is not None:
+                part += shift[v].to(part.dtype)[..., None, None]
+        return out
+
+    def _shift(self, candidates: Sequence[Candidate], constant: Tensor) -> Tensor | None:
+        """Return the sum of the constants, [V, N or 1, C]; None where all are zero."""
+        if not bool(constant.any()):
+            return None
+        if self.factors is None:
+            return constant.sum(dim=1, keepdim=True)
+        factors = self.factors[[c.edge for c in candidates]].double()  # [K, N]
+        return torch.einsum("vkc,kn->vnc", constant, factors)
+
+
+def _sum_into(out: Tensor, z: Sequence[Tensor], scale: Tensor, factors: Tensor | None) -> None:
+    """Fill `out` with the weighted sum of z."""
+    for k in range(0, len(z), MOST_INPUTS - 1):
+        some, rows = list(z[k : k + MOST_INPUTS - 1]), scale[k : k + MOST_INPUTS - 1]
+        f = None if factors is None else factors[k : k + MOST_INPUTS - 1]
+        if k:
+            found = launch_node_sum(None, rows, None, f, None, None, some)
+            out += found
+        else:
+            launch_node_sum(None, rows, None, f, None, None, some, out)

@@ -1,0 +1,89 @@
+"""The stages on tangents against plain torch."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from rdarts_fast.kernels.gated_stage import Tangents, gated_stage, gated_stage_twin
+from rdarts_fast.kernels.sep_stage import Geometry
+from tests.tolerances import assert_equal
+
+GEOMETRIES = [Geometry(3, 1, 1), Geometry(3, 1, 2), Geometry(5, 2, 1), Geometry(7, 1, 2)]
+
+
+@pytest.fixture(params=["base", "best"])
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "base":
+        monkeypatch.setenv("RDARTS_CPU", "base")
+    yield request.param
+
+
+def operands(
+    shape: tuple[int, int, int, int],
+    out: int,
+    directions: int,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    *,
+    maps: bool = True,
+) -> tuple[Tangents, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    c = shape[1]
+    dx = [normal(*shape).contiguous(memory_format=torch.channels_last) for _ in range(directions)]
+    gate = normal(*shape).contiguous(memory_format=torch.channels_last)
+    rows = [normal(directions, c) for _ in range(3)] if maps else [None] * 3
+    k = geometry.kernel
+    return Tangents(dx, gate, *rows), normal(c, 1, k, k), normal(out, c, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("channels", [(16, 16), (5, 3), (1, 1), (24, 40)])
+def test_it_equals_the_twin(
+    dtype: torch.dtype, geometry: Geometry, channels: tuple[int, int], unit: str
+) -> None:
+    for maps in (False, True):
+        c, out = channels
+        given = operands((2, c, 7, 9), out, 3, geometry, dtype, maps=maps)
+        dz, totals = gated_stage(*given, geometry)
+        expected, sums = gated_stage_twin(*given, geometry)
+        assert dz.is_contiguous(memory_format=torch.channels_last)
+        assert_equal(dz, expected, dtype)
+        assert_equal(totals, sums, dtype, times=4.0)
+
+
+def test_more_directions_than_a_launch_takes() -> None:
+    geometry = Geometry(3, 1, 1)
+    given = operands((1, 4, 3, 3), 4, 70, geometry, torch.float64)
+    for got, expected in zip(
+        gated_stage(*given, geometry), gated_stage_twin(*given, geometry), strict=True
+    ):
+        assert_equal(got, expected, torch.float64, times=4.0)
+
+
+def test_a_gate_of_zero_is_shut() -> None:
+    geometry = Geometry(3, 1, 1)
+    tangents, depthwise, pointwise = operands((1, 4, 3, 3), 4, 2, geometry, torch.float64)
+    shut = tangents._replace(gate=torch.zeros_like(tangents.gate))
+    dz, totals = gated_stage(shut, depthwise, pointwise, geometry)
+    assert not dz.any() and not totals.any()
+
+
+def test_the_bits_do_not_depend_on_the_threads() -> None:
+    geometry = Geometry(3, 1, 1)
+    given = operands((5, 16, 8, 8), 16, 4, geometry, torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(gated_stage(*given, geometry))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
