@@ -66,6 +66,20 @@ void sep_stage_gated_at(int dtype, const Shape& shape, const Numbers& x, const N
   run(StageForward{operands.stage, out.data(), sums, sums + size}, place);
 }
 
+// x, the result and the gradient are dense; the sums follow one another at `sums` (moments.h).
+void tangent_moments_at(int dtype, int64_t directions, const Shape& shape,
+                        const std::array<Address, 4>& operands, Address sums, const Place& place) {
+  if (place.device >= 0) throw std::invalid_argument("moments: expected tensors on the CPU");
+  TangentMoments a = {static_cast<DType>(dtype), directions,           shape[0],
+                      shape[2] * shape[3],       shape[1],             pointer(operands[0]),
+                      pointer(operands[1]),      pointer(operands[2]), pointer(operands[3]),
+                      pointer<double>(sums),     nullptr};
+  check_cpu_dtype(a.dtype, place);
+  std::vector<double> workspace(moments_workspace(a, 1));
+  a.workspace = workspace.data();
+  on_unit(place.unit, [&](auto unit) { tangent_moments<decltype(unit)::value>(a, place.threads); });
+}
+
 using Map = std::array<Address, 4>;  // by_g, by_z, constant, factors
 
 // `out`: G of g, then G of z.
@@ -185,6 +199,7 @@ void define_stages(py::module_& module) {
   module.def("sep_stage", &sep_stage_at, "x..., z...; sums, then workspace.", released);
   module.def("sep_stage_gated", &sep_stage_gated_at, "x..., gate, z...; sums, then workspace.",
              released);
+  module.def("tangent_moments", &tangent_moments_at, "Fill the sums of moments.h.", released);
   module.def("sep_stage_backward", &sep_stage_backward_at, "x..., g..., z..., dv...", released);
   module.def("mixing_buffer", &mixing_buffer, "Doubles of buffer that one of the following needs.");
   module.def("mixing", &mixing_at, "x..., z...; sums, then workspace.", released);

@@ -51,28 +51,24 @@ def test_it_equals_the_twin(
     for maps in (False, True):
         c, out = channels
         given = operands((2, c, 7, 9), out, 3, geometry, dtype, maps=maps)
-        dz, totals = gated_stage(*given, geometry)
-        expected, sums = gated_stage_twin(*given, geometry)
+        dz = gated_stage(*given, geometry)
         assert dz.is_contiguous(memory_format=torch.channels_last)
-        assert_equal(dz, expected, dtype)
-        assert_equal(totals, sums, dtype, times=4.0)
+        assert_equal(dz, gated_stage_twin(*given, geometry), dtype)
 
 
 def test_more_directions_than_a_launch_takes() -> None:
     geometry = Geometry(3, 1, 1)
     given = operands((1, 4, 3, 3), 4, 70, geometry, torch.float64)
-    for got, expected in zip(
-        gated_stage(*given, geometry), gated_stage_twin(*given, geometry), strict=True
-    ):
-        assert_equal(got, expected, torch.float64, times=4.0)
+    expected = gated_stage_twin(*given, geometry)
+    assert_equal(gated_stage(*given, geometry), expected, torch.float64)
 
 
 def test_a_gate_of_zero_is_shut() -> None:
     geometry = Geometry(3, 1, 1)
     tangents, depthwise, pointwise = operands((1, 4, 3, 3), 4, 2, geometry, torch.float64)
     shut = tangents._replace(gate=torch.zeros_like(tangents.gate))
-    dz, totals = gated_stage(shut, depthwise, pointwise, geometry)
-    assert not dz.any() and not totals.any()
+    assert gated_stage(tangents, depthwise, pointwise, geometry).any()
+    assert not gated_stage(shut, depthwise, pointwise, geometry).any()
 
 
 def test_the_bits_do_not_depend_on_the_threads() -> None:
@@ -86,4 +82,4 @@ def test_the_bits_do_not_depend_on_the_threads() -> None:
             found.append(gated_stage(*given, geometry))
     finally:
         torch.set_num_threads(before)
-    assert all(map(torch.equal, *found))
+    assert torch.equal(*found)

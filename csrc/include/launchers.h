@@ -6,6 +6,7 @@
 
 #include "cell.h"
 #include "mixing.h"
+#include "moments.h"
 #include "node_sum.h"
 #include "philox.h"
 #include "place.h"
@@ -56,6 +57,10 @@ template <Unit unit>
 void sep_stage(const StageForward& arguments, int threads);
 template <Unit unit>
 void sep_stage_backward(const StageBackward& arguments, int threads);
+
+// moments.h; on the CPU only.
+template <Unit unit>
+void tangent_moments(const TangentMoments& arguments, int threads);
 
 // pool.h says what they compute; float32 and float64.
 template <Unit unit>

@@ -44,9 +44,9 @@ class Tangents(NamedTuple):
 
 def gated_stage(
     tangents: Tangents, depthwise: Tensor, pointwise: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    """Return dz, [V N, O, H', W'] with the direction outermost and channels innermost, and its sums
-    per channel, [V, O] float64. Not differentiable.
+) -> Tensor:
+    """Return dz, [V N, O, H', W'] with the direction outermost and channels innermost. Not
+    differentiable.
 
     depthwise: [C, 1, K, K]. pointwise: [O, C, 1, 1]. On the CPU one pass; elsewhere plain torch.
     """
@@ -56,17 +56,16 @@ def gated_stage(
     if tangents.gate.device.type != "cpu":
         return gated_stage_twin(tangents, depthwise, pointwise, geometry)
     dz = array.empty(tangents.gate, shape, torch.channels_last)
-    totals = []
     for first in range(0, directions, MOST_DIRECTIONS):
         last = min(first + MOST_DIRECTIONS, directions)
         out = dz[first * n : last * n]
-        totals.append(_launch(tangents.some(first, last), depthwise, pointwise, geometry, out))
-    return dz, torch.cat(totals)
+        _launch(tangents.some(first, last), depthwise, pointwise, geometry, out)
+    return dz
 
 
 def gated_stage_twin(
     tangents: Tangents, depthwise: Tensor, pointwise: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Return gated_stage(...) in plain torch."""
     kernel, dilation, stride = geometry
     gate, found = tangents.gate, []
@@ -82,13 +81,12 @@ def gated_stage_twin(
         padding = dilation * (kernel // 2)
         d = F.conv2d(y, depthwise, None, stride, padding, dilation, y.shape[1])
         found.append(F.conv2d(d, pointwise))
-    dz = torch.cat(found).contiguous(memory_format=torch.channels_last)
-    return dz, torch.stack([z.double().sum(dim=(0, 2, 3)) for z in found])
+    return torch.cat(found).contiguous(memory_format=torch.channels_last)
 
 
 def _launch(
     tangents: Tangents, depthwise: Tensor, pointwise: Tensor, geometry: Geometry, out: Tensor
-) -> Tensor:
+) -> None:
     count, gate = len(tangents.dx), tangents.gate
     z = list(out.split(len(gate)))
     place, shape, out_shape = native.place(gate.device), tuple(gate.shape), tuple(z[0].shape)
@@ -109,7 +107,3 @@ def _launch(
         buffer.data_ptr(),
         place,
     )
-    sums = buffer[: 3 * count * out_shape[1]].view(3, count, out_shape[1])
-    pixels = out_shape[0] * out_shape[2] * out_shape[3]
-    totals: Tensor = sums[0] + pixels * sums[2]
-    return totals

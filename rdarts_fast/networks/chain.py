@@ -16,8 +16,8 @@ _BYTES = 4 << 20  # of a tensor that the linear steps take at a time: its memory
 
 @dataclass
 class State:
-    """A state of a cell: its value [N, C, H, W], and the tangents of V directions, [V N, C, H, W],
-    or None where nothing moves.
+    """A state of a cell: its value [N, C, H, W], and the tangents of the first D of V directions,
+    [D N, C, H, W]: along the others nothing moves; None where it moves along none.
     """
 
     value: Tensor
@@ -48,31 +48,28 @@ class Chain:
         """Return the tangents of what the last batch norm takes, or of the result where there is
         none; None where nothing moves. What the batch norms before add goes to `hessian`.
         """
-        given = [state.tangent for state in states]
-        moving = [x for x in given if x is not None]
-        if len(moving) < len(given):
+        if all(state.tangent is None for state in states):
             return None
-        n, x = len(states[0].value), moving
+        n = len(states[0].value)
+        x = [state.value[:0] if state.tangent is None else state.tangent for state in states]
         linear: list[Gate | Linear | Maximum] = []  # steps that x is to go through
-        totals: Tensor | None = None  # the sums of x
         before: Norm | None = None  # that x is the input of
         for step in self.steps:
             if isinstance(step, Stage):
                 maps = None if before is None else before.coefficients()
-                found, totals = step.tangent(_through(linear, x, n), maps)
-                x, linear, before = [found], [], None
+                x, linear, before = [step.tangent(_through(linear, x, n), maps)], [], None
                 continue
             if before is not None:
-                x, before, totals = [before.tangent(_joined(x))], None, None
+                x, before = [before.tangent(_joined(x))], None
             if isinstance(step, Norm):
                 x = [_through(linear, x, n)]
-                step.measure(x[0], totals if not linear else None)
+                step.measure(x[0])
                 linear, before = [], step
                 if step is not self.last:
-                    hessian += step.curvature
+                    d = step.directions
+                    hessian[:d, :d] += step.curvature
             else:
                 linear.append(step)
-                totals = None
         return _through(linear, x, n)
 
 
@@ -82,20 +79,29 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 def _through(steps: Sequence[Gate | Linear | Maximum], x: Sequence[Tensor], samples: int) -> Tensor:
     """Return the tangents x, channels side by side, after some steps: a few directions at a time,
-    so that what lies between takes little memory.
+    so that what lies between takes little memory. Of what moves along fewer directions the rest is
+    zero.
     """
     if not steps and len(x) == 1:
         return x[0]
-    size = sum(t.numel() * t.element_size() for t in x) // len(x[0]) * samples  # of a direction
+    total = max(len(tensor) for tensor in x)
+    size = sum(t[0].numel() * t.element_size() for t in x if len(t)) * samples  # of a direction
     each = max(1, _BYTES // max(1, size)) * samples
     out = None
-    parts = zip(*(tensor.split(each) for tensor in x), strict=True)
-    for i, part in enumerate(parts):
-        y = _joined(part)
+    for first in range(0, total, each):
+        count = min(each, total - first)
+        y = _joined([_padded(tensor[first : first + count], count) for tensor in x])
         for step in steps:
             y = step.tangent(y)
         if out is None:
-            out = empty(y, (len(x[0]), *y.shape[1:]), torch.channels_last)
-        out[i * each : i * each + len(y)] = y
+            out = empty(y, (total, *y.shape[1:]), torch.channels_last)
+        out[first : first + count] = y
     assert out is not None
     return out
+
+
+def _padded(x: Tensor, count: int) -> Tensor:
+    """Return `count` rows: x's, then zeros."""
+    if len(x) == count:
+        return x
+    return torch.cat([x, x.new_zeros(count - len(x), *x.shape[1:])])

@@ -21,7 +21,6 @@ from rdarts_fast import bilevel
 from rdarts_fast.curvature import HessianOperator, Operator
 from rdarts_fast.curvature.operators import check_vectors, flat
 from rdarts_fast.draws import Draws
-from rdarts_fast.kernels.array import empty
 from rdarts_fast.networks.chain import State
 from rdarts_fast.networks.tangent import Norm
 from rdarts_fast.networks.tangent_cell import CellParts
@@ -102,8 +101,8 @@ class SupernetPasses:
     def along(self, directions: Mapping[str, Tensor]) -> Tensor:
         """Return V H V^T, [V, V] float64.
 
-        directions: cell type -> [V, E, O] float64. Those that move only the reduction cells' alphas
-        stand last: before the first of these cells nothing moves along them.
+        directions: cell type -> [V, E, O] float64. It is least work where those that move early
+        edges stand first, the normal cells' before the others.
         """
         dp, along = {}, {}
         for kind, d in directions.items():
@@ -112,18 +111,9 @@ class SupernetPasses:
             along[kind] = torch.zeros_like(d)
         total = len(directions["normal"])
         hessian = torch.zeros(total, total, dtype=torch.float64, device=self.loss.device)
-        moves = directions["normal"].flatten(1).any(dim=1).nonzero()
-        moving = int(moves.max()) + 1 if len(moves) else 0
         for cell in self._parts:
             kind = cell.cell.kind
-            if kind == "reduce" and moving < total:
-                for state in (s for states in cell.before for s in states):
-                    state.tangent = _padded(state.tangent, moving, total)
-                moving = total
-            if moving == 0:
-                continue
-            own = hessian[:moving, :moving]
-            cell.tangent(self.weights[kind], dp[kind][:moving], along[kind][:moving], own)
+            cell.tangent(self.weights[kind], dp[kind], along[kind], hessian)
             for state in cell.states[:INPUTS]:
                 state.tangent = None
         hessian += self._head(total)
@@ -139,10 +129,10 @@ class SupernetPasses:
         means = []
         for state in self._out:
             n, channels = state.value.shape[:2]
-            if state.tangent is None:
-                means.append(state.value.new_zeros(directions * n, channels))
-            else:
-                means.append(state.tangent.mean(dim=(2, 3)))
+            mean = state.value.new_zeros(directions * n, channels)
+            if state.tangent is not None:
+                mean[: len(state.tangent)] = state.tangent.mean(dim=(2, 3))
+            means.append(mean)
         q = self.probabilities.double()
         dl = torch.cat(means, dim=1) @ self._classifier.weight.t()
         dl = dl.double().view(directions, *q.shape)  # [V, N, classes]
@@ -158,17 +148,6 @@ class SupernetPasses:
         by_p, by_w = (d * p).sum(dim=-1), (d * w).sum(dim=-1)
         squares = (d * w).flatten(1) @ d.flatten(1).t() - by_p @ by_w.t() - by_w @ by_p.t()
         return pairs + pairs.t() + squares
-
-
-def _padded(tangent: Tensor | None, moving: int, total: int) -> Tensor | None:
-    """Return the tangents of `moving` directions with zeros for the rest."""
-    if tangent is None:
-        return None
-    n = len(tangent) // moving
-    out = empty(tangent, (total * n, *tangent.shape[1:]), torch.channels_last)
-    out[: moving * n] = tangent
-    out[moving * n :] = 0
-    return out
 
 
 def _still(module: nn.Module, x: Tensor) -> Tensor:

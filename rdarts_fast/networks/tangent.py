@@ -22,14 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdarts_fast.kernels.array import MOST_INPUTS, empty_like
-from rdarts_fast.kernels.channel_sums import channel_sums
 from rdarts_fast.kernels.gated_stage import Tangents, gated_stage
+from rdarts_fast.kernels.moments import tangent_moments
 from rdarts_fast.kernels.node_sum import node_sum_dq
 from rdarts_fast.kernels.sep_stage import Geometry
 from rdarts_fast.networks.operations import FactorizedReduce
 from rdarts_fast.networks.plan import depthwise_geometry, is_pointwise
-
-_COLUMNS = 1 << 13  # numbers a direction that a product of tangents takes at a time
 
 
 class Gate:
@@ -64,8 +62,8 @@ class Stage:
         z: Tensor = pointwise(depthwise(F.relu(x)))
         return z
 
-    def tangent(self, dx: Tensor, maps: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Return the tangents and their sums, [V, C]. maps: the coefficients of a batch norm before
+    def tangent(self, dx: Tensor, maps: Sequence[Tensor] | None) -> Tensor:
+        """Return the tangents. maps: the coefficients of a batch norm before
         it that dx are the inputs of.
         """
         gate = self.gate
@@ -122,31 +120,28 @@ class Norm:
         if not self.training:
             return
         self.count = gradient[:, 0].numel()
-        self.m1 = _totals([self.gradient])[0] / self.count
+        self.m1 = self.gradient.double().sum(dim=(0, 2, 3)) / self.count
         self.m2 = products(self.result, [self.gradient])[0] / self.count
 
-    def measure(self, dz: Tensor, totals: Tensor | None = None) -> None:
+    def measure(self, dz: Tensor) -> None:
         """Take the tangents of z: what they add to the Hessian, `curvature` [V, V], the sums of
         lambda dz_hat, `along` [V], and the means that dz_hat is made with, m and a [V, C].
-
-        totals: the sums of dz, [V, C], where they are known.
         """
         assert self.gradient is not None
-        parts = dz.split(len(self.gradient))
-        self.directions, rstd = len(parts), self.rstd.double()
-        by_gradient = products(self.gradient, parts) * rstd
+        rstd, self.directions = self.rstd.double(), len(dz) // len(self.result)
         if not self.training:
-            self.along = by_gradient.sum(dim=1)
-            self.curvature = by_gradient.new_zeros(len(parts), len(parts))
+            by_gradient = products(self.gradient, dz.split(len(self.result)))
+            self.along = (by_gradient * rstd).sum(dim=1)
+            self.curvature = rstd.new_zeros(self.directions, self.directions)
             return
-        m2, scale = self.m2, rstd / self.count
-        m = (_totals(parts) if totals is None else totals) * scale
-        a, means = products(self.result, parts) * scale, by_gradient / self.count
-        cross = a @ (means - m * self.m1).t()
+        m1, m2 = self.m1, self.m2
+        found = tangent_moments(dz, self.result, self.gradient, m2 * rstd**2)
+        scale = rstd / self.count
+        m, a, means = (x * scale for x in (found.totals, found.by_result, found.by_gradient))
+        cross = a @ (means - m * m1).t()
         squares = 3.0 * (a * m2) @ a.t() + (m * m2) @ m.t()
-        pairs = gram(dz, len(parts), m2 * rstd**2)
-        self.curvature = self.count * (squares - cross - cross.t()) - pairs
-        self.along = self.count * (means - a * m2 - m * self.m1).sum(dim=1)
+        self.curvature = self.count * (squares - cross - cross.t()) - found.pairs
+        self.along = self.count * (means - a * m2 - m * m1).sum(dim=1)
         self.m, self.a = m, a
 
     def tangent(self, dz: Tensor) -> Tensor:
@@ -171,35 +166,10 @@ class Norm:
 Step = Gate | Linear | Maximum | Stage | Norm
 
 
-def gram(dz: Tensor, directions: int, weights: Tensor) -> Tensor:
-    """Return sum over n, c, h, w of weights[c] dz_j dz_k: [V, V] float64.
-
-    dz: [V N, C, H, W], channels innermost. weights: [C].
-    """
-    rows = dz.permute(0, 2, 3, 1).reshape(directions, -1)  # [V, N H W C]
-    channels = len(weights)
-    step = max(1, _COLUMNS // channels) * channels
-    pattern = weights.to(dz.dtype).repeat(step // channels)
-    total = torch.zeros(directions, directions, dtype=torch.float64, device=dz.device)
-    for part in rows.split(step, dim=1):
-        total += ((part * pattern[: part.shape[1]]) @ part.t()).double()
-    return total
-
-
 def products(g: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Return the sums over n, h, w of g times each tensor, [K, C] float64."""
     found = [
         node_sum_dq(g, tensors[k : k + MOST_INPUTS])[0] for k in range(0, len(tensors), MOST_INPUTS)
-    ]
-    return torch.cat(found).double()
-
-
-def _totals(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sums over n, h, w of each tensor, [K, C] float64."""
-    zeros = tensors[0].new_zeros(len(tensors), tensors[0].shape[1])
-    found = [
-        channel_sums(tensors[k : k + MOST_INPUTS], zeros[k : k + MOST_INPUTS])[0]
-        for k in range(0, len(tensors), MOST_INPUTS)
     ]
     return torch.cat(found).double()
 

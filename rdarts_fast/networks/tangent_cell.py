@@ -136,7 +136,8 @@ class CellParts:
             dz = chain.tangent(states, hessian)
             if dz is not None:
                 assert chain.last is not None
-                hessian += chain.last.curvature
+                d = chain.last.directions
+                hessian[:d, :d] += chain.last.curvature
                 dz = chain.last.tangent(dz)
             self.states[i].tangent = dz
         for node, candidates in enumerate(self.nodes):
@@ -155,12 +156,13 @@ class CellParts:
             return None
         last = c.chain.last
         if last is not None:
-            hessian += weights[c.edge, c.operation].double() * last.curvature
-            along[:, c.edge, c.operation] += last.along
+            d, p = last.directions, weights[c.edge, c.operation].double()
+            hessian[:d, :d] += p * last.curvature
+            along[:d, c.edge, c.operation] += last.along
         else:
             assert c.gradient is not None
             found = products(c.gradient, dz.split(len(c.gradient)))
-            along[:, c.edge, c.operation] += found.sum(dim=1)
+            along[: len(found), c.edge, c.operation] += found.sum(dim=1)
         return dz
 
     def _node(
@@ -171,38 +173,54 @@ class CellParts:
         dweights: Tensor,
         like: Tensor,
     ) -> Tensor | None:
-        """Return the tangents of a node: sum of p dz_hat + dp z_hat, with drop path's factors."""
-        if not candidates:
+        """Return the tangents of a node: sum of p dz_hat + dp z_hat, with drop path's factors; of
+        as many directions as move it.
+        """
+        n, channels = like.shape[:2]
+        dp = (
+            torch.stack([dweights[:, c.edge, c.operation] for c in candidates], dim=1).double()
+            if candidates
+            else dweights.new_zeros(len(dweights), 0)
+        )  # [V, K]
+        moved = dp.any(dim=1).nonzero()
+        directions = max(
+            [int(moved.max()) + 1 if len(moved) else 0]
+            + [len(dz) // n for dz in terms if dz is not None]
+        )
+        if directions == 0:
             return None
-        directions, (n, channels) = len(dweights), like.shape[:2]
-        tensors: list[Sequence[Tensor]] = []
-        scales, edges = [], []
-        constant = torch.zeros(directions, len(candidates), channels, dtype=torch.float64)
-        constant = constant.to(like.device)
+        dp = dp[:directions]
+        # of the tangents, the results and 1, [V, K, C] each
+        by_dz, constant = (dp.new_zeros(*dp.shape, channels) for _ in range(2))
+        by_result = dp[:, :, None].repeat(1, 1, channels)
         for k, (c, dz) in enumerate(zip(candidates, terms, strict=True)):
-            p = weights[c.edge, c.operation].double()
-            by_result = dweights[:, c.edge, c.operation].double()[:, None].expand(-1, channels)
-            if dz is not None:
-                by_dz = p.expand(directions, channels)
-                if c.chain is not None and c.chain.last is not None:
-                    own = c.chain.last.coefficients()
-                    by_dz = p * own[0].expand(directions, channels)
-                    by_result = by_result + p * own[1]
-                    constant[:, k] = p * own[2]
-                tensors.append(dz.split(n))
-                scales.append(by_dz)
-                edges.append(c.edge)
-            assert c.result is not None
-            tensors.append([c.result] * directions)
-            scales.append(by_result)
-            edges.append(c.edge)
-        scale = torch.stack(scales, dim=1).to(like.dtype)  # [V, K, C]
-        factors = None if self.factors is None else self.factors[edges]
+            if dz is None:
+                continue
+            d, p = len(dz) // n, weights[c.edge, c.operation].double()
+            by_dz[:d, k] = p
+            if c.chain is not None and c.chain.last is not None:
+                own = c.chain.last.coefficients()
+                by_dz[:d, k] = p * own[0]
+                by_result[:d, k] += p * own[1]
+                constant[:d, k] = p * own[2]
         out = empty(like, (directions * n, *like.shape[1:]), torch.channels_last)
         shift = self._shift(candidates, constant)
+        reads = by_result.any(dim=2).tolist()  # directions that a result stands in
+        scales = torch.stack([by_dz, by_result], dim=2).to(like.dtype)  # [V, K, 2, C]
         for v, part in enumerate(out.split(n)):
-            z = [rows[v] for rows in tensors]
-            _sum_into(part, z, scale[v], factors)
+            z, at = [], []
+            for k, (c, dz) in enumerate(zip(candidates, terms, strict=True)):
+                if dz is not None and v * n < len(dz):
+                    z.append(dz[v * n : (v + 1) * n])
+                    at.append(2 * k)
+                if reads[v][k]:
+                    assert c.result is not None
+                    z.append(c.result)
+                    at.append(2 * k + 1)
+            factors = None
+            if self.factors is not None:
+                factors = self.factors[[candidates[i // 2].edge for i in at]]
+            _sum_into(part, z, scales[v].flatten(0, 1)[at], factors)
             if shift is not None:
                 part += shift[v].to(part.dtype)[..., None, None]
         return out
@@ -219,6 +237,8 @@ class CellParts:
 
 def _sum_into(out: Tensor, z: Sequence[Tensor], scale: Tensor, factors: Tensor | None) -> None:
     """Fill `out` with the weighted sum of z."""
+    if not z:
+        out.zero_()
     for k in range(0, len(z), MOST_INPUTS - 1):
         some, rows = list(z[k : k + MOST_INPUTS - 1]), scale[k : k + MOST_INPUTS - 1]
         f = None if factors is None else factors[k : k + MOST_INPUTS - 1]

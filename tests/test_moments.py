@@ -1,0 +1,75 @@
+"""The sums of a batch norm's tangents against plain torch."""
+
+import pytest
+import torch
+
+from rdarts_fast.kernels.moments import Moments, tangent_moments, tangent_moments_twin
+from tests.tolerances import assert_equal
+
+
+def operands(
+    directions: int, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    n, c, h, w = shape
+    tensors = normal(directions * n, c, h, w), normal(*shape), normal(*shape)
+    inner = [x.contiguous(memory_format=torch.channels_last) for x in tensors]
+    return *inner, normal(c)  # weights of either sign
+
+
+def assert_moments_equal(got: Moments, expected: Moments, dtype: torch.dtype) -> None:
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == torch.float64
+        assert_equal(ours, theirs, dtype, times=4.0)
+
+
+@pytest.mark.parametrize("unit", ["base", "best"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("directions", "shape"),
+    [
+        (28, (2, 16, 8, 8)),
+        (1, (1, 1, 1, 1)),
+        (3, (2, 5, 3, 7)),  # channels that fill no vector
+        (9, (17, 24, 4, 4)),  # more samples than chunks; a block of one direction
+        (70, (2, 64, 5, 5)),
+        (4, (1, 3, 40, 50)),  # several tiles
+    ],
+)
+def test_they_equal_the_twin(
+    directions: int,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    unit: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if unit == "base":
+        monkeypatch.setenv("RDARTS_CPU", "base")
+    given = operands(directions, shape, dtype)
+    exact = tangent_moments_twin(*(x.double() for x in given))
+    got = tangent_moments(*given)
+    assert_moments_equal(got, exact, dtype)
+    assert torch.equal(got.pairs, got.pairs.t())
+
+
+def test_another_layout_is_copied() -> None:
+    dz, result, gradient, weights = operands(3, (2, 4, 3, 5), torch.float64)
+    got = tangent_moments(dz.contiguous(), result.contiguous(), gradient, weights)
+    expected = tangent_moments_twin(dz, result, gradient, weights)
+    assert_moments_equal(got, expected, torch.float64)
+
+
+def test_the_bits_do_not_depend_on_the_threads() -> None:
+    given = operands(5, (33, 16, 8, 8), torch.float32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(tangent_moments(*given))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
