@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import contenders, kernels, launches, search_step, timing
+from bench import contenders, curvature, kernels, launches, search_step, timing
 from bench.contenders import OURS, Setup
 from rdarts_fast.networks import supernet
 
@@ -179,6 +179,25 @@ def test_what_does_not_compile_in_time_has_a_row_without_ratio(printed, monkeypa
     assert {row["ratio"] for row in rows} == {None}
 
 
+def test_curvature_prints_a_line_of_json_a_case(printed) -> None:
+    choice = ["--spaces", "s5", "--seconds", "0"]
+    rows = [json.loads(line) for line in printed(curvature.main, "--json", *choice, *SIZES)]
+    assert [row["case"] for row in rows] == ["hessian", "lambda_max"]
+    for row in rows:
+        assert set(row) >= FIELDS
+        assert (row["bench"], row["space"], row["baseline"]) == ("curvature", "s5", "row loop")
+        assert "extrapolated from 3 + 3 rows: 6 x" in row["note"]
+        assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ours_ms"], rel=1e-3)
+        assert row["gradients"] > 1.0
+
+
+def test_the_check_of_the_curvature_catches_a_wrong_hessian(monkeypatch) -> None:
+    right = curvature.Loss.hessian
+    monkeypatch.setattr(curvature.Loss, "hessian", lambda self: 1.001 * right(self))
+    with pytest.raises(RuntimeError, match=r"s5: the Hessians differ by 1\.0e-03"):
+        curvature.check(SMALL)
+
+
 def test_kernels_prints_a_table_and_json(printed) -> None:
     small = ["--kernels", "channel_sums", "--batch", "2", "--seconds", "0", "--no-memory"]
     assert len(printed(kernels.main, *small)) == 2 + 4 + 2
@@ -195,6 +214,8 @@ def test_kernels_prints_a_table_and_json(printed) -> None:
         (search_step.main, ["--cases", "third"], 'unknown case "third": one of forward+backward'),
         (search_step.main, ["--baselines", "x"], 'unknown baseline "x": one of eager'),
         (search_step.main, ["--batch", "0"], "--batch: expected at least 1, got 0"),
+        (curvature.main, ["--cases", "x"], 'unknown case "x": one of hessian, lambda_max'),
+        (curvature.main, ["--layers", "0"], "--layers: expected at least 1, got 0"),
         (kernels.main, ["--kernels", "x"], 'unknown kernel "x": one of node_sum'),
         (kernels.main, ["--batch", "0"], "--batch: expected at least 1, got 0"),
     ],
