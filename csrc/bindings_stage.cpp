@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <memory>
 #include <tuple>
 
 #include "bindings.h"
@@ -75,8 +76,8 @@ void tangent_moments_at(int dtype, int64_t directions, const Shape& shape,
                       pointer(operands[1]),      pointer(operands[2]), pointer(operands[3]),
                       pointer<double>(sums),     nullptr};
   check_cpu_dtype(a.dtype, place);
-  std::vector<double> workspace(moments_workspace(a, 1));
-  a.workspace = workspace.data();
+  const std::unique_ptr<double[]> workspace(new double[moments_workspace(a)]);
+  a.workspace = workspace.get();
   on_unit(place.unit, [&](auto unit) { tangent_moments<decltype(unit)::value>(a, place.threads); });
 }
 

@@ -418,10 +418,24 @@ def _check_curvature(config: SearchConfig) -> None:
         )
     if config.stop_window % 2 == 0:
         raise UserError(f"--stop-window: expected an odd number, got {config.stop_window}")
-    if config.adaptive in ("l2", "both") and config.adaptive_factor <= 1.0:
-        raise UserError(f"--adaptive-factor: expected above 1, got {config.adaptive_factor}")
-    if config.adaptive in ("drop-path", "both") and config.adaptive_step <= 0.0:
-        raise UserError(f"--adaptive-step: expected above 0, got {config.adaptive_step}")
+    _check_adaptive(config)
+
+
+def _check_adaptive(config: SearchConfig) -> None:
+    if config.adaptive in ("l2", "both") and config.adaptive_factor < 1.01:
+        got = config.adaptive_factor
+        raise UserError(f"--adaptive-factor: expected at least 1.01, got {got}")
+    if config.adaptive in ("drop-path", "both") and config.adaptive_step < 0.01:
+        raise UserError(f"--adaptive-step: expected at least 0.01, got {config.adaptive_step}")
+    decay = 0.0 < config.weight_decay * config.adaptive_factor <= 1.001 * config.adaptive_max
+    drop = config.drop_path_prob + config.adaptive_step <= 1.001 * config.adaptive_drop_path_max
+    can = {"off": True, "l2": decay, "drop-path": drop, "both": decay or drop}
+    if not can[config.adaptive]:
+        raise UserError(
+            f"--adaptive {config.adaptive} cannot regularise more than it begins with: lower "
+            "--weight-decay or --drop-path-prob (above 0 for l2), or raise --adaptive-max or "
+            "--adaptive-drop-path-max"
+        )
 
 
 def _check_number(name: str, value: float) -> None:

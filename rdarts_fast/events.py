@@ -15,6 +15,9 @@ class Events:
     def write(self, record: Mapping[str, Any]) -> None:
         """Take an epoch's record."""
 
+    def rewind(self, epoch: int) -> None:
+        """Drop the records from `epoch` on: a rollback has undone them."""
+
     def close(self) -> None:
         """Write what is buffered."""
 
@@ -23,9 +26,17 @@ class TensorBoardEvents(Events):
     """Writes every number of an epoch's record as a scalar into the run's folder."""
 
     def __init__(self, folder: Path, first_epoch: int) -> None:
+        self._folder = folder
+        self._open(first_epoch)
+
+    def _open(self, first_epoch: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_epoch)
+        self._writer = SummaryWriter(str(self._folder), purge_step=first_epoch)
+
+    def rewind(self, epoch: int) -> None:
+        self._writer.close()
+        self._open(epoch)
 
     def write(self, record: Mapping[str, Any]) -> None:
         for name, value in record.items():

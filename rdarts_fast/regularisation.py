@@ -30,11 +30,12 @@ class Regularisation:
         decay = self.weight_decay * settings.adaptive_factor
         drop = self.drop_path_prob + settings.adaptive_step
         raises_decay = (
-            settings.adaptive in ("l2", "both") and decay <= settings.adaptive_max * SLACK
+            settings.adaptive in ("l2", "both")
+            and self.weight_decay < decay <= settings.adaptive_max * SLACK
         )
         raises_drop = (
             settings.adaptive in ("drop-path", "both")
-            and drop <= settings.adaptive_drop_path_max * SLACK
+            and self.drop_path_prob < drop <= settings.adaptive_drop_path_max * SLACK
         )
         if not raises_decay and not raises_drop:
             return None

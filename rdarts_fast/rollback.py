@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rdarts_fast.config import SearchConfig
+from rdarts_fast.events import Events
 from rdarts_fast.run_dir import RunDir
 from rdarts_fast.search_state import SearchState
 
 
-def goes_on(settings: SearchConfig, state: SearchState, run: RunDir) -> bool:
+def goes_on(settings: SearchConfig, state: SearchState, run: RunDir, events: Events) -> bool:
     """Whether there is an epoch to search. Where the trace has fired, DARTS-ES ends, and DARTS-ADA
     goes back as long as it can regularise more (paper, section 3).
     """
@@ -25,6 +26,7 @@ def goes_on(settings: SearchConfig, state: SearchState, run: RunDir) -> bool:
         state.regularise(stronger)
         run.save_checkpoint(state.to_checkpoint())
         mark_abandoned(run, state)
+        events.rewind(state.epoch)
         print(
             f"lambda_max has grown: back to the end of epoch {stop_epoch}, from there with weight "
             f"decay {stronger.weight_decay:g} and drop path {stronger.drop_path_prob:g}",

@@ -190,10 +190,10 @@ class RunDir:
         return _load_checkpoint(self.folder / _checkpoint_name(name))
 
     def prune_checkpoints(self, kept: Collection[str]) -> None:
-        """Remove every checkpoint but the last and those named."""
-        names = {_checkpoint_name(name) for name in (*kept, "last")}
+        """Remove the checkpoints of epochs (epoch-NNN.pt) but those named."""
+        names = {_checkpoint_name(name) for name in kept}
         with self._writing(CHECKPOINTS) as folder:
-            for path in folder.glob("*.pt"):
+            for path in folder.glob("epoch-[0-9]*.pt"):
                 if f"{CHECKPOINTS}/{path.name}" not in names:
                     path.unlink()
 

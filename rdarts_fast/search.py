@@ -78,7 +78,7 @@ def loop(
     """
     clock = training.Clock(settings.checkpoint_minutes)
     mark_abandoned(run, state)
-    while goes_on(settings, state, run):
+    while goes_on(settings, state, run, events):
         epoch = state.epoch
         started = time.monotonic() - state.seconds
         rate = training.cosine(
@@ -355,7 +355,8 @@ def finish(settings: SearchConfig, state: SearchState, run: RunDir) -> Run:
     of the stop epoch where DARTS-ES ended the search.
     """
     done = Run.read(run.folder)
-    early = early_stop(done.metrics)
+    follows = settings.early_stop != "off" or settings.adaptive != "off"
+    early = early_stop(done.metrics) if follows else None
     found: Mapping[str, Any] = done.history[-1]
     result: dict[str, Any] = {"seconds": sum(r["seconds"] for r in done.metrics)}
     if early is not None:
@@ -364,7 +365,6 @@ def finish(settings: SearchConfig, state: SearchState, run: RunDir) -> Run:
             found = early
     if settings.adaptive != "off":
         result["rollbacks"] = state.branch
-    run.write_json(RESULT, {"valid_accuracy": found["valid_accuracy"], **result})
     space, genotype = state.supernet.space, Genotype.from_dict(found["genotype"])
     run.write_text(GENOTYPE, genotype.to_json())
     alphas = {kind: torch.tensor(values) for kind, values in found["alphas"].items()}
@@ -372,6 +372,7 @@ def finish(settings: SearchConfig, state: SearchState, run: RunDir) -> Run:
     title = f"{space.name}, {found['epoch'] + 1} epochs"
     plots.save_cells(run.folder / "cells.svg", edges, genotype.nodes, title)
     which = f" of epoch {found['epoch']}, where lambda_max began to grow" if found is early else ""
+    run.write_json(RESULT, {"valid_accuracy": found["valid_accuracy"], **result})
     print(f"\ngenotype{which}:")
     print(genotype.describe())
     print(f"validation accuracy of the supernet: {found['valid_accuracy']:.2%}")

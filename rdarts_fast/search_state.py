@@ -88,5 +88,7 @@ class SearchState:
         self.epoch, self.step, self.branch = stored["epoch"], stored["step"], stored["branch"]
         self.records, self.seconds = stored["records"], stored["seconds"]
         self.sums = training.Sums(dict(stored["sums"]))
-        self.trace = self.trace.replayed([(epoch, value) for epoch, value in stored["trace"]])
-        self.regularise(Regularisation(**stored["regularisation"]))
+        # A run that began before there were these has neither.
+        self.trace = self.trace.replayed([(e, value) for e, value in stored.get("trace", [])])
+        if "regularisation" in stored:
+            self.regularise(Regularisation(**stored["regularisation"]))

@@ -133,6 +133,11 @@ def test_a_known_null_space_makes_zero_the_least() -> None:
     assert found.value == pytest.approx(float(torch.linalg.eigvalsh(positive)[-1]), rel=1e-3)
 
 
+def test_nothing_but_a_null_space() -> None:
+    found = top_eigenvalue(Matrix(torch.zeros(20, 20)), null_space=softmax_null_space([(20, 1)]))
+    assert (found.value, found.absolute, found.products) == (0.0, 0.0, 0.0)
+
+
 def test_it_takes_the_whole_matrix_where_that_is_cheaper() -> None:
     class Dense(Matrix):
         dense_products = 2.5

@@ -63,6 +63,31 @@ def test_more_directions_than_a_launch_takes() -> None:
     assert_equal(gated_stage(*given, geometry), expected, torch.float64)
 
 
+def test_bad_input() -> None:
+    geometry = Geometry(3, 1, 1)
+    good, depthwise, pointwise = operands((2, 4, 3, 3), 5, 3, geometry, torch.float64)
+    assert good.scale is not None
+    for tangents, message in (
+        (good._replace(dx=[]), "dx: expected at least one direction"),
+        (good._replace(dx=[x[:1] for x in good.dx]), r"dx\[0\]"),
+        (good._replace(scale=good.scale[:2]), "scale"),
+        (good._replace(shift=None), "scale, by_gate, shift: expected all or none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gated_stage(tangents, depthwise, pointwise, geometry)
+    with pytest.raises(TypeError, match=r"dx\[0\]"):
+        gated_stage(good._replace(dx=[x.float() for x in good.dx]), depthwise, pointwise, geometry)
+    for weights, message in (
+        ((depthwise[:3], pointwise), "depthwise: expected shape"),
+        ((depthwise, pointwise[:, :3]), "pointwise: expected shape"),
+        ((depthwise.float(), pointwise), "depthwise: expected shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gated_stage(good, *weights, geometry)
+    with pytest.raises(ValueError, match="depthwise: expected shape"):
+        gated_stage(good, depthwise, pointwise, Geometry(5, 1, 1))
+
+
 def test_a_gate_of_zero_is_shut() -> None:
     geometry = Geometry(3, 1, 1)
     tangents, depthwise, pointwise = operands((1, 4, 3, 3), 4, 2, geometry, torch.float64)

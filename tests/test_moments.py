@@ -56,6 +56,23 @@ def test_they_equal_the_twin(
     assert torch.equal(got.pairs, got.pairs.t())
 
 
+def test_bad_input() -> None:
+    dz, result, gradient, weights = operands(3, (2, 4, 3, 5), torch.float64)
+    for given, message in (
+        ((dz[:5], result, gradient, weights), "dz: expected whole multiples of result's"),
+        ((dz.float(), result, gradient, weights), "dz: expected whole multiples of result's"),
+        ((dz[:, :3], result, gradient, weights), "dz: expected whole multiples of result's"),
+        ((dz, result, gradient[:1], weights), "gradient"),
+        ((dz, result, gradient, weights[:3]), r"weights: expected shape \(4,\), got \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tangent_moments(*given)
+    with pytest.raises(TypeError, match="gradient"):
+        tangent_moments(dz, result, gradient.float(), weights)
+    nothing = tangent_moments(dz[:0], result, gradient, weights)
+    assert nothing.pairs.shape == (0, 0) and nothing.totals.shape == (0, 4)
+
+
 def test_another_layout_is_copied() -> None:
     dz, result, gradient, weights = operands(3, (2, 4, 3, 5), torch.float64)
     got = tangent_moments(dz.contiguous(), result.contiguous(), gradient, weights)

@@ -1,6 +1,7 @@
 """DARTS-ES and DARTS-ADA on small searches, with eigenvalues planted where the rule is to fire."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,10 +15,11 @@ import torch
 from rdarts_fast import bilevel, config, search, tracking
 from rdarts_fast.config import SearchConfig
 from rdarts_fast.errors import UserError
+from rdarts_fast.events import Events
 from rdarts_fast.networks.hessian import SupernetHessian
 from rdarts_fast.regularisation import Regularisation
 from rdarts_fast.rollback import abandoned
-from rdarts_fast.run_dir import Run
+from rdarts_fast.run_dir import Run, RunDir
 from rdarts_fast.search import run_search
 from tests.small import settings
 from tests.test_search import assert_same_bits
@@ -160,6 +162,49 @@ def test_simulating_a_stop_goes_on(tmp_path, monkeypatch, capsys) -> None:
     assert "DARTS-ES would have stopped with epoch 2's" in capsys.readouterr().out
 
 
+def test_without_early_stop_the_rule_is_only_logged(tmp_path, monkeypatch, capsys) -> None:
+    plant(monkeypatch.setattr)
+    run = run_search(**adaptive(tmp_path, adaptive="off"))
+    assert [r["stop_epoch"] for r in run.metrics if "stop_epoch" in r] == [2]
+    assert run.result is not None and "early_stop" not in run.result
+    assert "DARTS-ES" not in capsys.readouterr().out
+
+
+def test_a_stopped_run_has_its_genotype_before_its_result(tmp_path, monkeypatch) -> None:
+    plant(monkeypatch.setattr)
+    write_text = RunDir.write_text
+
+    def writing(self: RunDir, name: str, text: str) -> None:
+        if name == "result.json":
+            stored = json.loads((self.folder / "genotype.json").read_text())
+            assert stored == Run.read(self.folder).metrics[2]["genotype"]
+            seen.append(name)
+        write_text(self, name, text)
+
+    seen: list[str] = []
+    monkeypatch.setattr(RunDir, "write_text", writing)
+    run_search(**adaptive(tmp_path, adaptive="off", early_stop="stop", alpha_learning_rate=0.3))
+    assert seen == ["result.json"]
+
+
+def test_a_rollback_leaves_what_a_user_put_there_and_rewinds_the_events(
+    tmp_path, monkeypatch
+) -> None:
+    plant(monkeypatch.setattr)
+    rewound: list[int] = []
+    monkeypatch.setattr(Events, "rewind", lambda self, epoch: rewound.append(epoch))
+    end_epoch = search.end_epoch
+
+    def ending(*given: Any) -> None:
+        (given[3].folder / "checkpoints" / "mine.pt").touch()
+        end_epoch(*given)
+
+    monkeypatch.setattr(search, "end_epoch", ending)
+    run = run_search(**adaptive(tmp_path))
+    assert (run.folder / "checkpoints" / "mine.pt").exists()
+    assert rewound == [3, 5]
+
+
 KILLED = """
 import os, signal, sys
 import torch
@@ -235,6 +280,7 @@ def raises(**changes: Any) -> list[tuple[float, float]]:
 
 
 def test_the_regularisers_are_raised_to_their_caps() -> None:
+    assert raises(adaptive="both", weight_decay=0.0) == [(0.0, d) for d in (0.0, 0.2, 0.4, 0.6)]
     assert raises() == [(3e-4, 0.0)]
     assert raises(adaptive="l2") == [(3e-4, 0.0), (3e-3, 0.0), (3e-2, 0.0)]
     assert raises(adaptive="drop-path") == [(3e-4, d) for d in (0.0, 0.2, 0.4, 0.6)]
@@ -271,8 +317,11 @@ def test_drop_path_is_raised_with_its_schedule_and_cutout(tmp_path, monkeypatch)
         ({"early_stop": "stop"}, "--early-stop stop ends where --adaptive l2 would go back"),
         ({"stop_rule": "paper", "curvature_every": 2}, "add --curvature-every 1"),
         ({"stop_window": 4}, "--stop-window: expected an odd number, got 4"),
-        ({"adaptive_factor": 1.0}, "--adaptive-factor: expected above 1"),
-        ({"adaptive": "both", "adaptive_step": 0.0}, "--adaptive-step: expected above 0"),
+        ({"adaptive_factor": 1.0}, r"--adaptive-factor: expected at least 1\.01"),
+        ({"adaptive": "both", "adaptive_step": 0.0}, r"--adaptive-step: expected at least 0\.01"),
+        ({"weight_decay": 0.0}, "--adaptive l2 cannot regularise more than it begins with"),
+        ({"weight_decay": 0.01}, "--adaptive l2 cannot regularise more than it begins with"),
+        ({"adaptive": "drop-path", "drop_path_prob": 0.5}, "--adaptive drop-path cannot"),
     ],
 )
 def test_settings_that_do_not_fit(changes: dict[str, Any], message: str, tmp_path) -> None:

@@ -104,9 +104,10 @@ void add_products(const T* x, const T* result, const T* gradient, int64_t pixels
 
 template <typename T>
 void moments_of(const TangentMoments& a, int threads) {
-  const int64_t directions = a.directions, channels = a.channels, chunk = chunk_of(a.samples);
+  const int64_t directions = a.directions, channels = a.channels, chunk = moments_chunk(a);
   const int64_t image = a.pixels * channels, step = a.samples * image, size = a.size();
-  const int64_t aim = kTileBytes / static_cast<int64_t>(sizeof(T)) / directions / channels;
+  const int64_t row = std::max<int64_t>(1, directions * channels);  // of a pixel
+  const int64_t aim = kTileBytes / static_cast<int64_t>(sizeof(T)) / row;
   const int64_t tile = std::clamp<int64_t>(aim, 1, std::max<int64_t>(1, a.pixels));  // pixels
   const T* const weights = static_cast<const T*>(a.weights);
   parallel_for(a.samples, chunk, threads, [&](int64_t from, int64_t to) {

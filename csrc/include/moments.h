@@ -5,6 +5,7 @@
 // All tensors are dense, channels innermost. Sums are float64.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "array.h"
@@ -22,9 +23,14 @@ struct TangentMoments {
   int64_t size() const { return directions * directions + 3 * directions * channels; }
 };
 
-// Doubles of workspace that they need.
-inline int64_t moments_workspace(const TangentMoments& a, int64_t chunk) {
-  return a.size() * ((a.samples + chunk - 1) / chunk);
+constexpr int64_t kMomentChunks = 16;  // parts of a batch, each with sums of its own
+
+// Samples of a part, and doubles of workspace for all.
+inline int64_t moments_chunk(const TangentMoments& a) {
+  return std::max<int64_t>(1, (a.samples + kMomentChunks - 1) / kMomentChunks);
+}
+inline int64_t moments_workspace(const TangentMoments& a) {
+  return a.size() * ((a.samples + moments_chunk(a) - 1) / moments_chunk(a));
 }
 
 }  // namespace rdarts

@@ -76,6 +76,8 @@ def top_eigenvalue(
     size = operator.shape[0]
     if size == 0:
         raise ValueError("operator: expected at least one row")
+    if null_space is not None and null_space.shape[1] >= size:
+        return TopEigenvalue(0.0, null_space[:, 0], 0.0, 0.0, 0.0)
     if isinstance(operator, DenseOperator) and operator.dense_products <= USUAL_PRODUCTS:
         return _dense_top(operator, operator.dense_products, null_space)
     if size <= USUAL_PRODUCTS:

@@ -49,7 +49,9 @@ def gated_stage(
     differentiable.
 
     depthwise: [C, 1, K, K]. pointwise: [O, C, 1, 1]. On the CPU one pass; elsewhere plain torch.
+    Raises TypeError and ValueError.
     """
+    _check(tangents, depthwise, pointwise, geometry)
     n, _, h, w = tangents.gate.shape
     directions, stride = len(tangents.dx), geometry.stride
     shape = (directions * n, pointwise.shape[0], -(-h // stride), -(-w // stride))
@@ -82,6 +84,28 @@ def gated_stage_twin(
         d = F.conv2d(y, depthwise, None, stride, padding, dilation, y.shape[1])
         found.append(F.conv2d(d, pointwise))
     return torch.cat(found).contiguous(memory_format=torch.channels_last)
+
+
+def _check(tangents: Tangents, depthwise: Tensor, pointwise: Tensor, geometry: Geometry) -> None:
+    """Raise TypeError or ValueError unless the kernel can read what it is given."""
+    gate, channels = tangents.gate, tangents.gate.shape[1]
+    if not tangents.dx:
+        raise ValueError("dx: expected at least one direction")
+    array.check_images(gate, "gate")
+    for v, x in enumerate(tangents.dx):
+        array.check_alike(x, f"dx[{v}]", gate, "gate")
+    maps = zip(("scale", "by_gate", "shift"), tangents[2:], strict=True)
+    for name, rows in maps:
+        array.check_coefficients(rows, name, "[V, C]", (len(tangents.dx), channels), gate)
+    absent = [rows is None for rows in tangents[2:]]
+    if any(absent) != all(absent):
+        raise ValueError("scale, by_gate, shift: expected all or none")
+    k = geometry.kernel
+    expected = {"depthwise": (channels, 1, k, k), "pointwise": (pointwise.shape[0], channels, 1, 1)}
+    for (name, shape), weight in zip(expected.items(), (depthwise, pointwise), strict=True):
+        if tuple(weight.shape) != shape or weight.dtype != gate.dtype:
+            got = f"{tuple(weight.shape)}, {weight.dtype}"
+            raise ValueError(f"{name}: expected shape {shape}, {gate.dtype}, got {got}")
 
 
 def _launch(

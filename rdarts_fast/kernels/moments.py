@@ -32,8 +32,17 @@ def tangent_moments(dz: Tensor, result: Tensor, gradient: Tensor, weights: Tenso
     """Return the sums; not differentiable.
 
     dz: [V N, C, H, W], the direction outermost. result, gradient: [N, C, H, W]. weights: [C]. On
-    the CPU one pass; elsewhere plain torch.
+    the CPU one pass; elsewhere plain torch. Raises TypeError and ValueError.
     """
+    array.check_images(dz, "dz")
+    array.check_alike(gradient, "gradient", result, "result")
+    n, channels = result.shape[:2]
+    if n == 0 or len(dz) % n or dz.shape[1:] != result.shape[1:] or dz.dtype != result.dtype:
+        shape, found = tuple(result.shape), tuple(dz.shape)
+        expected = f"whole multiples of result's {shape}, {result.dtype}"
+        raise ValueError(f"dz: expected {expected}, got {found}, {dz.dtype}")
+    if tuple(weights.shape) != (channels,):
+        raise ValueError(f"weights: expected shape ({channels},), got {tuple(weights.shape)}")
     inner = torch.channels_last
     dz, result, gradient = (x.contiguous(memory_format=inner) for x in (dz, result, gradient))
     if dz.device.type != "cpu":

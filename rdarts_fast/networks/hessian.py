@@ -281,7 +281,8 @@ def hessian_operator(
         with bilevel.frozen(parameters):
             return HessianOperator(loss, list(alphas.values()))
 
-    parts = parts_of(supernet) if supernet.backend == "fused" else None
+    known = supernet.backend == "fused" and images.dtype in (torch.float32, torch.float64)
+    parts = parts_of(supernet) if known else None
     if parts is None:
         return by_differentiating()
     with bilevel.frozen(parameters):
