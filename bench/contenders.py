@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 
 from rdarts_fast.config import SearchConfig
 from rdarts_fast.draws import Draws
+from rdarts_fast.errors import UserError
 from rdarts_fast.networks import Supernet, softmax_weights
 from rdarts_fast.networks.operations import Noise
 from rdarts_fast.search import Losses, SearchState, alpha_step, weight_step
 from rdarts_fast.spaces import load_space
+from rdarts_fast.training import select_device
 
 OURS = "ours"
 MEMORY_FORMATS = {
@@ -28,6 +31,7 @@ MEMORY_FORMATS = {
 }
 BASELINES = tuple(name for name in MEMORY_FORMATS if name != OURS)
 CLASSES = 10
+SIZES = ("batch", "channels", "layers", "size")
 
 # Relative to the largest number. At full size torch differs from itself (NCHW, channels_last) by up
 # to 5e-5 in the logits and 2.4e-2 in the gradient, where a ReLU's input near 0 falls either way.
@@ -68,6 +72,27 @@ class Setup:
         labels = torch.randint(CLASSES, (self.batch,), generator=generator)
         images = images.to(self.device, memory_format=memory_format)
         return images, labels.to(self.device)
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Give a benchmark the flags of a Setup's sizes and device."""
+    sizes = Setup("")
+    parser.add_argument("--batch", type=int, default=sizes.batch, help="images a batch")
+    parser.add_argument("--channels", type=int, default=sizes.channels, help="of the first cells")
+    parser.add_argument("--layers", type=int, default=sizes.layers, help="cells")
+    parser.add_argument("--size", type=int, default=sizes.size, help="pixels, height and width")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+
+
+def setups_of(parsed: argparse.Namespace) -> list[Setup]:
+    """Return the setup of each space. Raises UserError for what is not there or too small."""
+    for name in SIZES:
+        if getattr(parsed, name) < 1:
+            raise UserError(f"--{name}: expected at least 1, got {getattr(parsed, name)}")
+    sizes, device = {name: getattr(parsed, name) for name in SIZES}, select_device(parsed.device)
+    for space in parsed.spaces:
+        load_space(space)  # raises for one that is not there
+    return [Setup(space, **sizes, device=str(device)) for space in parsed.spaces]
 
 
 class TorchNoise(nn.Module):

@@ -24,15 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contenders import MEMORY_FORMATS, OURS, Setup, network
+from bench.contenders import MEMORY_FORMATS, OURS, SIZES, Setup, add_sizes, network, setups_of
 from bench.rows import HEADER, Row, show
 from bench.timing import Times, in_turn, once_ms, peak_mb
 from rdarts_fast.curvature import HessianOperator, hessian, softmax_null_space, top_eigenvalue
 from rdarts_fast.draws import Draws
-from rdarts_fast.errors import UserError, exit_on_user_error, unknown
+from rdarts_fast.errors import exit_on_user_error, unknown
 from rdarts_fast.networks import softmax_weights
-from rdarts_fast.spaces import CELL_TYPES, SPACES, load_space
-from rdarts_fast.training import select_device
+from rdarts_fast.spaces import CELL_TYPES, SPACES
 
 BENCH = "curvature"
 BASELINE = "row loop"
@@ -140,9 +139,7 @@ def compare(setup: Setup, parsed: argparse.Namespace) -> Iterator[Row]:
     for case in parsed.cases:
         (ours,) = in_turn([_ours(setup, case)], device, seconds=parsed.seconds, least=3)
         peak = peak_mb(functools.partial(_ours, setup, case), setup.device)
-        more: dict[str, Any] = {
-            name: getattr(setup, name) for name in ("batch", "channels", "layers", "size")
-        }
+        more: dict[str, Any] = {name: getattr(setup, name) for name in SIZES}
         more["gradients"] = round(ours.median / gradient.median, 1)
         text = f"{more['gradients']} of our gradients; {note}"
         times = Times((total,))
@@ -153,13 +150,12 @@ def compare(setup: Setup, parsed: argparse.Namespace) -> Iterator[Row]:
 def main() -> None:
     """Print a row for each space and case."""
     parsed = _parse()
-    device = select_device(parsed.device)
+    setups = setups_of(parsed)
+    device = torch.device(setups[0].device)
     if not parsed.json:
         print(f"batch {parsed.batch}, {device}, {torch.get_num_threads()} threads")
         print(HEADER, flush=True)
-    for space in parsed.spaces:
-        sizes = (parsed.batch, parsed.channels, parsed.layers, parsed.size)
-        setup = Setup(space, *sizes, str(device))
+    for setup in setups:
         check(setup)
         for row in compare(setup, parsed):
             show(row, device, parsed.json)
@@ -177,22 +173,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--spaces", default=default, help="search spaces", **several)
     parser.add_argument("--cases", default=list(CASES), help="what to time", **several)
     parser.add_argument("--json", action="store_true", help="one JSON object a line, not a table")
-    sizes = Setup("")
-    parser.add_argument("--batch", type=int, default=sizes.batch, help="images a batch")
-    parser.add_argument("--channels", type=int, default=sizes.channels, help="of the first cells")
-    parser.add_argument("--layers", type=int, default=sizes.layers, help="cells")
-    parser.add_argument("--size", type=int, default=sizes.size, help="pixels, height and width")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    add_sizes(parser)
     parser.add_argument("--seconds", type=float, default=20.0, help="to time ours, at least thrice")
     parsed = parser.parse_args()
     for word in parsed.cases:
         if word not in CASES:
             raise unknown("case", word, CASES)
-    for space in parsed.spaces:
-        load_space(space)  # raises for one that is not there
-    for name in ("batch", "channels", "layers", "size"):
-        if getattr(parsed, name) < 1:
-            raise UserError(f"--{name}: expected at least 1, got {getattr(parsed, name)}")
     return parsed
 
 

@@ -21,7 +21,18 @@ from typing import Any
 
 import torch
 
-from bench.contenders import BASELINES, CASES, OURS, Contender, Setup, check, prepare
+from bench.contenders import (
+    BASELINES,
+    CASES,
+    OURS,
+    SIZES,
+    Contender,
+    Setup,
+    add_sizes,
+    check,
+    prepare,
+    setups_of,
+)
 from bench.rows import HEADER, Row, show
 from bench.timing import (
     Times,
@@ -33,9 +44,8 @@ from bench.timing import (
     receive,
     resident_mb,
 )
-from rdarts_fast.errors import UserError, exit_on_user_error, unknown
-from rdarts_fast.spaces import SPACES, load_space
-from rdarts_fast.training import select_device
+from rdarts_fast.errors import exit_on_user_error, unknown
+from rdarts_fast.spaces import SPACES
 
 BENCH = "search_step"
 COMPILE_SECONDS = 600.0
@@ -45,7 +55,7 @@ COMPILE_SECONDS = 600.0
 def main() -> None:
     """Print a row for each space, case and baseline."""
     parsed = _parse()
-    setups = [_setup(space, parsed) for space in parsed.spaces]
+    setups = setups_of(parsed)
     device = torch.device(setups[0].device)
     if not parsed.json:
         print(f"{_sizes(setups[0])}, {device}, {torch.get_num_threads()} threads")
@@ -128,7 +138,7 @@ def _row(
     peaks: tuple[float | None, float | None],
     note: str = "",
 ) -> Row:
-    more = {name: getattr(setup, name) for name in ("batch", "channels", "layers", "size")}
+    more = {name: getattr(setup, name) for name in SIZES}
     return Row(BENCH, case, setup.space, baseline, ours, theirs, *peaks, note, more)
 
 
@@ -136,18 +146,6 @@ def _sizes(setup: Setup) -> str:
     return (
         f"batch {setup.batch}, {setup.channels} channels, {setup.layers} cells, "
         f"{setup.size}x{setup.size}, float32"
-    )
-
-
-def _setup(space: str, parsed: argparse.Namespace) -> Setup:
-    load_space(space)  # raises for one that is not there
-    return Setup(
-        space,
-        parsed.batch,
-        parsed.channels,
-        parsed.layers,
-        parsed.size,
-        str(select_device(parsed.device)),
     )
 
 
@@ -171,12 +169,7 @@ def _parse() -> argparse.Namespace:
         **several,
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line, not a table")
-    sizes = Setup("")
-    parser.add_argument("--batch", type=int, default=sizes.batch, help="images a batch")
-    parser.add_argument("--channels", type=int, default=sizes.channels, help="of the first cells")
-    parser.add_argument("--layers", type=int, default=sizes.layers, help="cells")
-    parser.add_argument("--size", type=int, default=sizes.size, help="pixels, height and width")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    add_sizes(parser)
     parser.add_argument(
         "--seconds", type=float, default=20.0, help="to time a case for, at least 5 rounds"
     )
@@ -189,9 +182,6 @@ def _parse() -> argparse.Namespace:
         for word in getattr(parsed, name):
             if word not in known:
                 raise unknown(name[:-1], word, known)
-    for name in ("batch", "channels", "layers", "size"):
-        if getattr(parsed, name) < 1:
-            raise UserError(f"--{name}: expected at least 1, got {getattr(parsed, name)}")
     return parsed
 
 
