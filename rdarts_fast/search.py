@@ -50,8 +50,7 @@ def _search(settings: SearchConfig, device: torch.device) -> Run:
     resumed = settings.resume
     space = load_space(settings.space if resumed is None else resumed / SPACE)
     task = Classification.load(settings, device)
-    supernet = task.supernet(settings, space).to(device)
-    state = SearchState.start(settings, supernet, tracking.new_trace(settings))
+    state = SearchState.start(settings, task.supernet(settings, space).to(device))
     where = training.environment(device, settings, task.fingerprint())
     name = f"{space.name}-{training.plain(task.images.name)}-seed{settings.seed}"
     files = {SPACE: json.dumps(space.to_dict())}

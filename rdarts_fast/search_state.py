@@ -33,10 +33,8 @@ class SearchState:
     seconds: float = 0.0  # spent in the present epoch
 
     @classmethod
-    def start(
-        cls, settings: SearchConfig, supernet: Supernet, trace: EigenvalueTrace
-    ) -> SearchState:
-        """Return the state before the first step; `trace` has no measurements."""
+    def start(cls, settings: SearchConfig, supernet: Supernet) -> SearchState:
+        """Return the state before the first step."""
         alphas = supernet.initial_alphas(settings.seed)
         weight_optimizer = training.sgd(supernet.parameters(), settings)
         alpha_optimizer = torch.optim.Adam(
@@ -47,6 +45,7 @@ class SearchState:
             foreach=True,
         )
         regularisation = Regularisation.of(settings)
+        trace = new_trace(settings)
         return cls(supernet, alphas, weight_optimizer, alpha_optimizer, trace, regularisation)
 
     def regularise(self, regularisation: Regularisation) -> None:
@@ -92,3 +91,16 @@ class SearchState:
         self.trace = self.trace.replayed([(e, value) for e, value in stored.get("trace", [])])
         if "regularisation" in stored:
             self.regularise(Regularisation(**stored["regularisation"]))
+
+
+def new_trace(settings: SearchConfig) -> EigenvalueTrace:
+    """Return the trace of a search that begins."""
+    return EigenvalueTrace(
+        settings.stop_window,
+        settings.curvature_every,
+        settings.epochs,
+        settings.stop_factor,
+        settings.stop_delta,
+        settings.stop_start_epoch,
+        settings.stop_rule,
+    )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rdarts_fast import curvature
 from rdarts_fast.config import SearchConfig
-from rdarts_fast.curvature import EigenvalueTrace, Operator
+from rdarts_fast.curvature import Operator
 from rdarts_fast.curvature.operators import flat
 
 
@@ -28,19 +28,6 @@ def due(settings: SearchConfig, epoch: int) -> bool:
     if settings.curvature == "off":
         return False
     return epoch % settings.curvature_every == 0 or epoch == settings.epochs - 1
-
-
-def new_trace(settings: SearchConfig) -> EigenvalueTrace:
-    """Return the trace of a search that begins."""
-    return EigenvalueTrace(
-        settings.stop_window,
-        settings.curvature_every,
-        settings.epochs,
-        settings.stop_factor,
-        settings.stop_delta,
-        settings.stop_start_epoch,
-        settings.stop_rule,
-    )
 
 
 class LossOperator(Operator, Protocol):
