@@ -232,6 +232,8 @@ class _Mixing(Function):
         dv: list[Any] = [None] * len(x)
         if of_x:
             dv = [array.empty(one, one.shape, torch.channels_last) for one in x]
+        if of_x and g[0].numel() == 0:  # no launch fills them
+            dv = [one.zero_() for one in dv]
         adds = [False] * len(x)
         given = launch_mixing_backward(sources, g, g, Affine(), dv, adds, wants_weights=of_weights)
         dweights: Sequence[Any] = given if of_weights else [None] * (len(tensors) - len(x))
