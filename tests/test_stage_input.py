@@ -92,3 +92,15 @@ def test_no_shape_stride_or_type_crashes_the_process(data) -> None:
             continue
         for result in (*results, *found):
             assert torch.equal(result, result.round())  # all inputs are ones
+
+
+def test_no_output_channels_leave_a_gradient_of_zeros() -> None:
+    x = torch.ones(1, 2, 1, 3, requires_grad=True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # torch then fills what it allocates with NaN
+    try:
+        (z,) = mixing([x], [[torch.ones(0, 2, 1, 1)]])
+        (dx,) = torch.autograd.grad(z.sum(), [x])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert torch.equal(dx, torch.zeros_like(x))

@@ -172,7 +172,7 @@ class Krylov:
                     product = product - columns @ (columns.t() @ product)
         length = float(torch.linalg.vector_norm(product))
         self._beside.append(length)
-        # What is left of a complete basis is rounding, of float32 in the products of most.
+        # Products in float32 leave more than this; the basis then grows by harmless rounding.
         self.complete = length <= 1e-12 * size or length == 0.0
         if not self.complete:
             self._next = product / length

@@ -4,7 +4,7 @@ With the loss's gradients at every state and batch norm known from one backward 
 a sum over what is not linear (edge pushing; Gower and Mello, 2012): batch norms (tangent.py), the
 nodes' sums of p f, softmax, and the head. So one forward pass of tangents for each direction gives
 all of it. Softmax does not see a shift of an edge's alphas: of the O directions of an edge only
-O - 1 are computed, the last operation's column is minus the sum of the others.
+O - 1 are computed, the first operation's column is minus the sum of the others.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from rdarts_fast.networks.tangent import Norm
 from rdarts_fast.networks.tangent_cell import CellParts
 from rdarts_fast.spaces import CELL_TYPES, INPUTS
 
-DIRECTIONS_A_PRODUCT = 12.0  # that cost as much as one product by differentiating twice
+DIRECTIONS_A_PRODUCT = 12.0  # that cost about as much as one product by differentiating twice
 
 
 class SupernetPasses:
     """A supernet's primal pass on one batch, and the Hessian along given directions.
 
-    alphas: cell type -> [E, O]. Raises TypeError where `parts_of` finds none.
+    parts: what `parts_of` found. alphas: cell type -> [E, O].
     """
 
     def __init__(

@@ -63,8 +63,8 @@ class Stage:
         return z
 
     def tangent(self, dx: Tensor, maps: Sequence[Tensor] | None) -> Tensor:
-        """Return the tangents. maps: the coefficients of a batch norm before
-        it that dx are the inputs of.
+        """Return the tangents. maps: the coefficients of the batch norm before it, whose inputs'
+        tangents dx then are.
         """
         gate = self.gate
         given = (None,) * 3 if maps is None else (m.to(dx.dtype) for m in maps)

@@ -31,6 +31,11 @@ class Candidate:
     result: Tensor | None = None  # what the weight multiplies
     gradient: Tensor | None = None  # of the node, with drop path's factors: [N, C, H, W]
 
+    @property
+    def last(self) -> Norm | None:
+        """The batch norm that the candidate ends with."""
+        return None if self.chain is None else self.chain.last
+
 
 @dataclass
 class CellParts:
@@ -123,8 +128,8 @@ class CellParts:
                 if self.factors is not None:
                     g = plain * self.factors[candidate.edge].view(-1, 1, 1, 1)
                 candidate.gradient = g
-                if candidate.chain is not None and candidate.chain.last is not None:
-                    candidate.chain.last.take(g)
+                if candidate.last is not None:
+                    candidate.last.take(g)
 
     def tangent(self, weights: Tensor, dweights: Tensor, along: Tensor, hessian: Tensor) -> None:
         """Let the tangents of V directions through the cell.
@@ -154,7 +159,7 @@ class CellParts:
         dz = c.chain.tangent([self.states[c.source]], hessian)
         if dz is None:
             return None
-        last = c.chain.last
+        last = c.last
         if last is not None:
             d, p = last.directions, weights[c.edge, c.operation].double()
             hessian[:d, :d] += p * last.curvature
@@ -176,12 +181,11 @@ class CellParts:
         """Return the tangents of a node: sum of p dz_hat + dp z_hat, with drop path's factors; of
         as many directions as move it.
         """
+        if not candidates:
+            return None
         n, channels = like.shape[:2]
-        dp = (
-            torch.stack([dweights[:, c.edge, c.operation] for c in candidates], dim=1).double()
-            if candidates
-            else dweights.new_zeros(len(dweights), 0)
-        )  # [V, K]
+        rows = [dweights[:, c.edge, c.operation] for c in candidates]
+        dp = torch.stack(rows, dim=1).double()  # [V, K]
         moved = dp.any(dim=1).nonzero()
         directions = max(
             [int(moved.max()) + 1 if len(moved) else 0]
@@ -198,8 +202,8 @@ class CellParts:
                 continue
             d, p = len(dz) // n, weights[c.edge, c.operation].double()
             by_dz[:d, k] = p
-            if c.chain is not None and c.chain.last is not None:
-                own = c.chain.last.coefficients()
+            if c.last is not None:
+                own = c.last.coefficients()
                 by_dz[:d, k] = p * own[0]
                 by_result[:d, k] += p * own[1]
                 constant[:d, k] = p * own[2]
@@ -239,9 +243,9 @@ def _sum_into(out: Tensor, z: Sequence[Tensor], scale: Tensor, factors: Tensor |
     """Fill `out` with the weighted sum of z."""
     if not z:
         out.zero_()
-    for k in range(0, len(z), MOST_INPUTS - 1):
-        some, rows = list(z[k : k + MOST_INPUTS - 1]), scale[k : k + MOST_INPUTS - 1]
-        f = None if factors is None else factors[k : k + MOST_INPUTS - 1]
+    for k in range(0, len(z), MOST_INPUTS):
+        some, rows = z[k : k + MOST_INPUTS], scale[k : k + MOST_INPUTS]
+        f = None if factors is None else factors[k : k + MOST_INPUTS]
         if k:
             found = launch_node_sum(None, rows, None, f, None, None, some)
             out += found
