@@ -427,15 +427,6 @@ def _check_adaptive(config: SearchConfig) -> None:
         raise UserError(f"--adaptive-factor: expected at least 1.01, got {got}")
     if config.adaptive in ("drop-path", "both") and config.adaptive_step < 0.01:
         raise UserError(f"--adaptive-step: expected at least 0.01, got {config.adaptive_step}")
-    decay = 0.0 < config.weight_decay * config.adaptive_factor <= 1.001 * config.adaptive_max
-    drop = config.drop_path_prob + config.adaptive_step <= 1.001 * config.adaptive_drop_path_max
-    can = {"off": True, "l2": decay, "drop-path": drop, "both": decay or drop}
-    if not can[config.adaptive]:
-        raise UserError(
-            f"--adaptive {config.adaptive} cannot regularise more than it begins with: lower "
-            "--weight-decay or --drop-path-prob (above 0 for l2), or raise --adaptive-max or "
-            "--adaptive-drop-path-max"
-        )
 
 
 def _check_number(name: str, value: float) -> None:

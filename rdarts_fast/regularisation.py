@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rdarts_fast.config import SearchConfig
+from rdarts_fast.errors import UserError
 
 SLACK = 1.0 + 1e-6  # 3e-4 x 10 x 10 is not 0.03 in floating point
 
@@ -18,8 +19,15 @@ class Regularisation:
 
     @classmethod
     def of(cls, settings: SearchConfig) -> Regularisation:
-        """Return what a search starts with."""
-        return cls(settings.weight_decay, settings.drop_path_prob)
+        """Return what a search starts with. Raises UserError where none is stronger."""
+        found = cls(settings.weight_decay, settings.drop_path_prob)
+        if settings.adaptive != "off" and found.raised(settings) is None:
+            raise UserError(
+                f"--adaptive {settings.adaptive} cannot regularise more than it begins with: lower "
+                "--weight-decay or --drop-path-prob (above 0 for l2), or raise --adaptive-max or "
+                "--adaptive-drop-path-max"
+            )
+        return found
 
     def raised(self, settings: SearchConfig) -> Regularisation | None:
         """Return the next stronger one; None where `--adaptive` is off or its caps are reached.

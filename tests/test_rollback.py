@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from rdarts_fast import bilevel, config, search, tracking
+from rdarts_fast import bilevel, search, tracking
 from rdarts_fast.config import SearchConfig
 from rdarts_fast.errors import UserError
 from rdarts_fast.events import Events
@@ -326,7 +326,8 @@ def test_drop_path_is_raised_with_its_schedule_and_cutout(tmp_path, monkeypatch)
 )
 def test_settings_that_do_not_fit(changes: dict[str, Any], message: str, tmp_path) -> None:
     with pytest.raises(UserError, match=message):
-        config.from_settings(SearchConfig, adaptive(tmp_path) | changes)
+        run_search(**adaptive(tmp_path) | changes)
+    assert not (tmp_path / "run").exists()
 
 
 def test_everything_about_the_curvature_is_written(tmp_path) -> None:

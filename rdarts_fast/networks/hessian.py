@@ -215,8 +215,8 @@ class SupernetHessian:
         return self._matrix
 
     def _along(self, directions: Tensor) -> Tensor:
-        shapes = [weights.shape for weights in self._passes.weights.values()]
-        parts = directions.split([shape.numel() for shape in shapes], dim=1)
+        shapes = self._shapes()
+        parts = directions.split([edges * operations for edges, operations in shapes], dim=1)
         named = zip(self._passes.weights, parts, shapes, strict=True)
         return self._passes.along({kind: part.view(-1, *shape) for kind, part, shape in named})
 
@@ -224,7 +224,7 @@ class SupernetHessian:
         """Return the directions of all operations but the first of each edge, [R, P]."""
         rows = [
             torch.eye(operations, dtype=torch.float64)[1:]
-            for edges, operations in (p.shape for p in self._passes.weights.values())
+            for edges, operations in self._shapes()
             for _ in range(edges)
         ]
         found: Tensor = torch.block_diag(*rows).to(self.gradient.device)
@@ -236,7 +236,7 @@ class SupernetHessian:
         """
         rows = [
             torch.cat([-torch.ones(operations - 1, 1), torch.eye(operations - 1)], dim=1).double()
-            for edges, operations in (p.shape for p in self._passes.weights.values())
+            for edges, operations in self._shapes()
             for _ in range(edges)
         ]
         found: Tensor = torch.block_diag(*rows).to(self.gradient.device)
