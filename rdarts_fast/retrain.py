@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdarts_fast import config, training
+from rdarts_fast import config, config_sources, training
 from rdarts_fast.config import RetrainConfig
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError, exit_on_user_error
@@ -31,10 +31,11 @@ def run_retraining(**settings: Any) -> list[Run]:
 
     settings: the fields of config.RetrainConfig, such as source="runs/first", preset="20x16". A
     run's result.json has `test_error`, the share of wrong answers on the test images after the last
-    epoch, in [0, 1], as published (the best epoch's beside it). Raises UserError and Interrupted as
+    epoch, in [0, 1], as published (the best epoch's beside it); with holdout=True `valid_error`, on
+    the half of the training images that it did not see. Raises UserError and Interrupted as
     run_search does.
     """
-    return retrain_all(config.from_settings(RetrainConfig, settings))
+    return retrain_all(config_sources.from_settings(RetrainConfig, settings))
 
 
 def retrain_all(settings: RetrainConfig) -> list[Run]:
@@ -53,15 +54,16 @@ def retrain_all(settings: RetrainConfig) -> list[Run]:
         out = folder / f"epoch-{epoch:03d}"
         one = replace(settings, genotypes_at=str(epoch), out=out)
         if (out / "config.json").is_file():  # begun by an earlier call
-            config.check_same(config.stored(RetrainConfig, out, "--out"), one)
+            config_sources.check_same(config_sources.stored(RetrainConfig, out, "--out"), one)
             one = replace(one, resume=out)
         try:
             runs.append(retrain(one))
         except training.Interrupted as interrupt:
             raise training.Interrupted("the same command") from interrupt
-    print("\nepoch of the search  test error")
+    on = tested_on(settings)
+    print(f"\nepoch of the search  {on} error")
     for epoch, run in zip(epochs, runs, strict=True):
-        print(f"{epoch:>19}  {run.metrics[-1]['test_error']:.2%}")
+        print(f"{epoch:>19}  {run.metrics[-1][f'{on}_error']:.2%}")
     return runs
 
 
@@ -121,7 +123,7 @@ def _retrain(settings: RetrainConfig, device: torch.device) -> Run:
         announce(settings, where, task, state, run)
         with training.event_writer(settings, run, state.epoch) as events:
             loop(settings, task, state, run, stop, events)
-        return finish(state, run)
+        return finish(settings, state, run)
 
 
 @dataclass
@@ -186,7 +188,7 @@ def loop(
         state.network.drop_path_prob = training.linear(
             epoch, settings.epochs, settings.drop_path_prob
         )
-        batches = task.retrain_epoch(draws.at(step=epoch))
+        batches = task.retrain_epoch(draws.at(step=epoch), holdout=settings.holdout)
         state.network.train()
         for rows in training.progress(batches, state.step, f"epoch {epoch}"):
             step = draws.at(step=epoch * len(batches) + state.step)
@@ -220,22 +222,24 @@ def train_step(
     state.sums.add(float(loss.detach()), logits, labels)
     if auxiliary is not None:
         loss = loss + settings.auxiliary_weight * task.loss(auxiliary, labels)
-    training.check_finite(loss, "training loss", state.epoch, state.step, run)
-    loss.backward()
-    parameters = list(state.network.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip, foreach=True)
-    training.check_finite(norm, "norm of the weights' gradient", state.epoch, state.step, run)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    training.descend(loss, state.network, state.optimizer, settings, state, run)
+
+
+def tested_on(settings: RetrainConfig) -> str:
+    """Return "test", or "valid" where the error is that on held-out training images."""
+    return "valid" if settings.holdout else "test"
 
 
 @torch.no_grad()
-def test(task: Classification, state: RetrainState, draws: Draws) -> training.Sums:
-    """Return loss and accuracy on the test images."""
-    sums = training.Sums()
+def test(settings: RetrainConfig, task: Classification, state: RetrainState) -> training.Sums:
+    """Return loss and accuracy on the test images, or on the held-out half of the training
+    images.
+    """
+    sums, draws = training.Sums(), Draws(settings.seed)
+    batches = task.validation_batches() if settings.holdout else task.test_batches()
     state.network.eval()
-    for b, rows in enumerate(task.test_batches()):
-        images, labels = task.test_batch(rows)
+    for b, rows in enumerate(batches):
+        images, labels = task.holdout_batch(rows) if settings.holdout else task.test_batch(rows)
         logits = state.network(images, draws.at(step=b, pass_index=training.EVALUATION_PASS))
         sums.add(float(task.loss(logits, labels)), logits, labels)
     state.network.train()
@@ -252,7 +256,7 @@ def end_epoch(
     started: float,
 ) -> None:
     """Test, write the epoch's line, then the checkpoints, and print a line."""
-    tested = test(task, state, Draws(settings.seed))
+    tested, on = test(settings, task, state), tested_on(settings)
     error = 1.0 - tested.accuracy
     record = {
         "epoch": state.epoch,
@@ -260,11 +264,11 @@ def end_epoch(
         "drop_path_prob": state.network.drop_path_prob,
         "train_loss": state.sums.loss,
         "train_accuracy": state.sums.accuracy,
-        "test_loss": tested.loss,
-        "test_error": error,
+        f"{on}_loss": tested.loss,
+        f"{on}_error": error,
         "seconds": round(time.monotonic() - started, 3),
     }
-    training.check_finite(torch.tensor(tested.loss), "test loss", state.epoch, state.step, run)
+    training.check_finite(torch.tensor(tested.loss), f"{on} loss", state.epoch, state.step, run)
     run.append_metrics(record)
     events.write(record)
     state.epoch, state.step, state.seconds, state.sums = state.epoch + 1, 0, 0.0, training.Sums()
@@ -277,7 +281,7 @@ def end_epoch(
     print(
         f"epoch {record['epoch']:>3}/{settings.epochs - 1}  train loss {record['train_loss']:.3f} "
         f"accuracy {record['train_accuracy']:.1%}  "
-        f"test error {error:.2%} (best {state.best_error:.2%})  {record['seconds']:.1f} s",
+        f"{on} error {error:.2%} (best {state.best_error:.2%})  {record['seconds']:.1f} s",
         flush=True,
     )
 
@@ -291,10 +295,11 @@ def announce(
 ) -> None:
     """Print what runs, once."""
     images = task.images
-    print(
-        f"retrain {settings.source} on {task.describe()}: {len(images.train_labels)} training and "
-        f"{len(images.test_labels)} test images"
-    )
+    sizes = f"{len(images.train_labels)} training and {len(images.test_labels)} test images"
+    if settings.holdout:
+        halves = [len(half) for half in images.halves]
+        sizes = f"{halves[0]} training images, {halves[1]} held out; the test images are not used"
+    print(f"retrain {settings.source} on {task.describe()}: {sizes}")
     auxiliary = "without" if state.network.auxiliary is None else "with"
     print(
         f"network: {settings.layers} cells of {settings.channels} channels, "
@@ -308,19 +313,20 @@ def announce(
     print(f"run folder: {run.folder}", flush=True)
 
 
-def finish(state: RetrainState, run: RunDir) -> Run:
-    """Write result.json and print the test error."""
-    metrics = Run.read(run.folder).metrics
-    last = metrics[-1]
+def finish(settings: RetrainConfig, state: RetrainState, run: RunDir) -> Run:
+    """Write result.json and print the error."""
+    metrics, on = Run.read(run.folder).metrics, tested_on(settings)
+    last = metrics[-1][f"{on}_error"]
     result = {
-        "test_error": last["test_error"],
-        "best_test_error": state.best_error,
+        f"{on}_error": last,
+        f"best_{on}_error": state.best_error,
         "parameters": training.count_parameters(state.network),
         "seconds": sum(record["seconds"] for record in metrics),
     }
     run.write_json(RESULT, result)
     best = f"(best epoch: {state.best_error:.2%})"
-    print(f"\ntest error after the last epoch: {last['test_error']:.2%} {best}")
+    name = "validation" if settings.holdout else "test"
+    print(f"\n{name} error after the last epoch: {last:.2%} {best}")
     print(f"run folder: {run.folder}", flush=True)
     return Run.read(run.folder)
 
@@ -329,7 +335,7 @@ def finish(state: RetrainState, run: RunDir) -> Run:
 def main() -> None:
     """The command line."""
     description = "Train a found architecture from scratch and report its test error."
-    retrain_all(config.parse(RetrainConfig, description, "python -m rdarts_fast.retrain"))
+    retrain_all(config_sources.parse(RetrainConfig, description, "python -m rdarts_fast.retrain"))
 
 
 if __name__ == "__main__":

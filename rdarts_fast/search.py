@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdarts_fast import bilevel, config, plots, tracking, training
+from rdarts_fast import bilevel, config, config_sources, plots, tracking, training
 from rdarts_fast.config import SearchConfig
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError, exit_on_user_error
@@ -37,7 +37,7 @@ def run_search(**settings: Any) -> Run:
     seed=1, out="runs/first"; resume="runs/first" goes on with a run. Raises UserError for whatever
     the caller can mend, Interrupted (a KeyboardInterrupt) after Ctrl-C, with a checkpoint written.
     """
-    return search(config.from_settings(SearchConfig, settings))
+    return search(config_sources.from_settings(SearchConfig, settings))
 
 
 def search(settings: SearchConfig) -> Run:
@@ -186,14 +186,7 @@ def weight_step(
     settings: SearchConfig, state: SearchState, training_loss: bilevel.Loss, run: RunDir
 ) -> None:
     """One step of SGD on the weights, against the training loss."""
-    parameters = list(state.supernet.parameters())
-    loss = training_loss()
-    training.check_finite(loss, "training loss", state.epoch, state.step, run)
-    loss.backward(inputs=parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip, foreach=True)
-    training.check_finite(norm, "norm of the weights' gradient", state.epoch, state.step, run)
-    state.weight_optimizer.step()
-    state.weight_optimizer.zero_grad()
+    training.descend(training_loss(), state.supernet, state.weight_optimizer, settings, state, run)
 
 
 def cutout_probability(settings: SearchConfig, state: SearchState) -> float:
@@ -388,7 +381,7 @@ def main() -> None:
     description = (
         "Search for an architecture on a search space of the paper (or your own), with DARTS."
     )
-    search(config.parse(SearchConfig, description, "python -m rdarts_fast.search"))
+    search(config_sources.parse(SearchConfig, description, "python -m rdarts_fast.search"))
 
 
 if __name__ == "__main__":

@@ -149,6 +149,33 @@ def check_finite(value: Tensor, name: str, epoch: int, step: int, run: RunDir) -
         )
 
 
+class Position(Protocol):
+    """Where a loop stands."""
+
+    epoch: int
+    step: int  # within the epoch
+
+
+def descend(
+    loss: Tensor,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    at: Position,
+    run: RunDir,
+) -> None:
+    """One step of the weights down the loss, its gradient clipped. Raises UserError where loss or
+    gradient are not finite.
+    """
+    check_finite(loss, "training loss", at.epoch, at.step, run)
+    parameters = list(network.parameters())
+    loss.backward(inputs=parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip, foreach=True)
+    check_finite(norm, "norm of the weights' gradient", at.epoch, at.step, run)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 @dataclass
 class Sums:
     """Running sums of one pass over a set: loss, right answers and images."""

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rdarts_fast import config
-from rdarts_fast.config import RetrainConfig, SearchConfig, checked, defaults, from_settings, parse
+from rdarts_fast.config import RetrainConfig, SearchConfig, defaults
+from rdarts_fast.config_sources import checked, from_settings, parse
 from rdarts_fast.errors import UserError
 
 

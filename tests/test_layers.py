@@ -28,7 +28,7 @@ FLOORS = [
         "published",
         "events",
     ],
-    ["genotype", "regularisation"],
+    ["genotype", "regularisation", "config_sources"],
     ["networks", "run_dir"],
     ["tasks", "training", "tracking", "fleet"],
     ["search_state"],

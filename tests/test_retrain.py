@@ -18,6 +18,7 @@ from rdarts_fast.networks import auxiliary_fits
 from rdarts_fast.retrain import run_retraining
 from rdarts_fast.run_dir import Run
 from rdarts_fast.search import run_search
+from rdarts_fast.tasks.classification import Classification
 from rdarts_fast.training import cosine, linear
 from tests.small import arguments, settings
 
@@ -212,3 +213,28 @@ def test_command_line_reports_the_test_error(tmp_path) -> None:
     error = Run.read(tmp_path / "retrained").result["test_error"]
     assert f"test error after the last epoch: {error:.2%}" in done.stdout
     assert done.stderr == ""
+
+
+def test_holdout_sees_neither_the_other_half_nor_the_test_images(
+    searched, tmp_path, monkeypatch, capsys
+) -> None:
+    seen: dict[str, set[int]] = {"training_batch": set(), "holdout_batch": set()}
+    for name, rows_seen in seen.items():
+        original = getattr(Classification, name)
+
+        def noting(self, rows, *rest, original=original, rows_seen=rows_seen, **more):
+            rows_seen.update(rows.tolist())
+            return original(self, rows, *rest, **more)
+
+        monkeypatch.setattr(Classification, name, noting)
+    monkeypatch.setattr(Classification, "test_batch", None)
+    (run,) = run_retraining(**small(tmp_path, searched.folder, epochs=2, holdout=True))
+    assert run.result is not None
+    count = len(seen["training_batch"] | seen["holdout_batch"])
+    assert seen["training_batch"].isdisjoint(seen["holdout_batch"])
+    assert (len(seen["training_batch"]), count) == (18, 36)
+    assert run.result["valid_error"] == run.metrics[-1]["valid_error"]
+    assert "test_error" not in run.result and "test_error" not in run.metrics[-1]
+    printed = capsys.readouterr().out
+    assert "18 training images, 18 held out; the test images are not used" in printed
+    assert "validation error after the last epoch" in printed

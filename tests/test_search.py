@@ -390,7 +390,7 @@ def test_a_run_keeps_its_space_and_is_resumed_from_any_folder(tmp_path, monkeypa
 def test_flip_can_be_chosen(tmp_path) -> None:
     for flip in (None, False, True):
         given = settings(tmp_path, flip=flip)
-        configured = search.config.from_settings(search.SearchConfig, given)
+        configured = search.config_sources.from_settings(search.SearchConfig, given)
         task = Classification.load(configured, torch.device("cpu"))
         assert task.images.augmentation.flip == (flip is not False)
 
@@ -410,7 +410,7 @@ def test_tensorboard_without_the_extra_names_it(tmp_path, monkeypatch) -> None:
 
 def test_validation_batches_are_keyed_by_the_step(tmp_path) -> None:
     given = settings(tmp_path)
-    configured = search.config.from_settings(search.SearchConfig, given)
+    configured = search.config_sources.from_settings(search.SearchConfig, given)
     task = Classification.load(configured, torch.device("cpu"))
     draws = Draws(3)
     first, again = (task.validation_rows(draws.at(step=5)) for _ in range(2))
@@ -449,7 +449,7 @@ def test_a_sample_for_a_quick_look_is_not_the_first_classes(tmp_path) -> None:
     by_class = {f"{a}_{s}": images[f"{a}_{s}"][order[s]] for a in "xy" for s in order}
     np.savez(tmp_path / "sorted.npz", **by_class)
     given = settings(tmp_path, data=f"npz:{tmp_path / 'sorted.npz'}", epoch_steps=1)
-    configured = search.config.from_settings(search.SearchConfig, given)
+    configured = search.config_sources.from_settings(search.SearchConfig, given)
     task = Classification.load(configured, torch.device("cpu"))
     for batches, labels in (
         (task.validation_batches(), task.images.train_labels),

@@ -108,8 +108,12 @@ class Classification:
         """
         return self._epoch(self.images.halves[0], draws)
 
-    def retrain_epoch(self, draws: Draws) -> list[Tensor]:
-        """Return the rows of each batch of an epoch over all training images."""
+    def retrain_epoch(self, draws: Draws, *, holdout: bool = False) -> list[Tensor]:
+        """Return the rows of each batch of an epoch over all training images, or with `holdout`
+        over the weights' half.
+        """
+        if holdout:
+            return self._epoch(self.images.halves[0], draws)
         return self._epoch(torch.arange(len(self.images.train_labels)), draws)
 
     def _epoch(self, rows: Tensor, draws: Draws) -> list[Tensor]:
@@ -157,6 +161,12 @@ class Classification:
 
     def test_batch(self, rows: Tensor) -> Batch:
         """Return images and labels of test rows, normalised only."""
-        rows = rows.to(self.images.test_labels.device)
-        images = data.normalize(self.images.test_images[rows], self.images.augmentation)
-        return images, self.images.test_labels[rows]
+        return self._plain_batch(self.images.test_images, self.images.test_labels, rows)
+
+    def holdout_batch(self, rows: Tensor) -> Batch:
+        """Return images and labels of training rows, normalised only."""
+        return self._plain_batch(self.images.train_images, self.images.train_labels, rows)
+
+    def _plain_batch(self, images: Tensor, labels: Tensor, rows: Tensor) -> Batch:
+        rows = rows.to(labels.device)
+        return data.normalize(images[rows], self.images.augmentation), labels[rows]
