@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from rdarts_fast import plots
 from rdarts_fast.errors import UserError
-from rdarts_fast.plots import Edge, draw_cell, save_cells, save_curves
+from rdarts_fast.plots import Edge, curves, draw_cell, look, save_cells, save_curves
+from rdarts_fast.plots import cells as drawing
 from rdarts_fast.spaces import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,7 @@ def nodes_of(cells: dict[str, list[Edge]]) -> int:
 def figure_of(patch: pytest.MonkeyPatch, cells: dict[str, list[Edge]], title: str = "") -> Figure:
     """The drawn figure that `save_cells` would write."""
     figures: list[Figure] = []
-    patch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    patch.setattr("rdarts_fast.plots.cells.save", lambda figure, path: figures.append(figure))
     save_cells(Path("cells.svg"), cells, nodes_of(cells), title)
     FigureCanvasAgg(figures[0]).draw()
     return figures[0]
@@ -125,8 +125,8 @@ def test_svg_holds_every_label_as_text(tmp_path: Path) -> None:
     found = words(path)
     for edges in cells.values():
         for _, _, op, weight in edges:
-            assert f"{plots._STYLES[op].short}  {weight:.2f}" in found
-            assert plots._STYLES[op].name in found
+            assert f"{drawing._STYLES[op].short}  {weight:.2f}" in found
+            assert drawing._STYLES[op].name in found
     for text in ("s1, 50 epochs", "normal cell", "reduction cell", "concat", *"0123"):
         assert text in found
     assert found.count("dil 5x5  0.90") == 3
@@ -214,8 +214,8 @@ def test_no_two_texts_overlap(monkeypatch: pytest.MonkeyPatch, name: str) -> Non
 def test_texts_fit_their_boxes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     figure = figure_of(monkeypatch, GENOTYPES[name])
     for ax, edges in zip(figure.axes, GENOTYPES[name].values(), strict=True):
-        styles = plots._styles(e[2] for cell in GENOTYPES[name].values() for e in cell)
-        layout = plots._lay_out(edges, 4, 2, styles)
+        styles = drawing._styles(e[2] for cell in GENOTYPES[name].values() for e in cell)
+        layout = drawing._lay_out(edges, 4, 2, styles)
         texts = {text.get_position(): text.get_window_extent() for text in ax.texts}
         for place in [*layout.labels, *layout.nodes, *layout.inputs, layout.output]:
             text = texts[place.x, place.y]
@@ -225,7 +225,7 @@ def test_texts_fit_their_boxes(monkeypatch: pytest.MonkeyPatch, name: str) -> No
             assert low[1] - 0.5 < text.y0 and text.y1 < high[1] + 0.5
 
 
-def clearance(box: plots._Box, points: np.ndarray) -> float:
+def clearance(box: drawing._Box, points: np.ndarray) -> float:
     """Distance from `box` to the nearest of `points` [N, 2] along the farther axis."""
     gaps = np.abs(points - (box.x, box.y)) - (box.width / 2, box.height / 2)
     return float(gaps.max(axis=1).min())
@@ -233,13 +233,13 @@ def clearance(box: plots._Box, points: np.ndarray) -> float:
 
 def check_layout(edges: list[Edge], nodes: int, inputs: int) -> None:
     """Routes keep off the nodes they do not serve, labels off routes, nodes and each other."""
-    layout = plots._lay_out(edges, nodes, inputs, plots._styles(edge[2] for edge in edges))
+    layout = drawing._lay_out(edges, nodes, inputs, drawing._styles(edge[2] for edge in edges))
     states = layout.inputs + layout.nodes
     points = [route.points() for route in layout.routes]
     left, right, bottom, top = layout.limits
     for (source, target, _, _), course, label in zip(edges, points, layout.labels, strict=True):
         assert abs(clearance(states[source], course[:1])) < 1e-9
-        assert abs(clearance(states[target], course[-1:]) - plots._ARROW) < 1e-9
+        assert abs(clearance(states[target], course[-1:]) - drawing._ARROW) < 1e-9
         for state, box in enumerate(states):
             assert state in (source, target) or clearance(box, course) > 0.1
             gap = abs(box.x - label.x) - (box.width + label.width) / 2
@@ -282,7 +282,7 @@ def test_a_whole_supernet_cell_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None
     check_layout(double, 2, 2)
 
 
-def crossings(layout: plots._Layout) -> int:
+def crossings(layout: drawing._Layout) -> int:
     """How often the drawn courses of two edges cross, by the signs of their pieces' corners."""
     count = 0
     for one, other in itertools.combinations([route.points() for route in layout.routes], 2):
@@ -310,13 +310,15 @@ def crossings(layout: plots._Layout) -> int:
 )
 def test_edges_cross_only_where_they_must(name: str, kind: str, expected: int) -> None:
     edges = GENOTYPES[name][kind]
-    layout = plots._lay_out(edges, nodes_of(GENOTYPES[name]), 2, plots._styles(e[2] for e in edges))
+    layout = drawing._lay_out(
+        edges, nodes_of(GENOTYPES[name]), 2, drawing._styles(e[2] for e in edges)
+    )
     assert crossings(layout) == expected
 
 
 def test_edges_of_the_two_inputs_keep_to_their_sides() -> None:
     edges = GENOTYPES["skip only"]["normal"]
-    layout = plots._lay_out(edges, 4, 2, plots._styles([SKIP]))
+    layout = drawing._lay_out(edges, 4, 2, drawing._styles([SKIP]))
     for (source, _, _, _), route in zip(edges, layout.routes, strict=True):
         assert (route.y > 0) == (source == 0)
     for state, place in enumerate(layout.inputs):
@@ -330,22 +332,22 @@ def test_edges_of_the_two_inputs_keep_to_their_sides() -> None:
 
 
 def test_every_operation_has_a_look_of_its_own() -> None:
-    assert set(plots._STYLES) == set(OPERATIONS)
-    looks = [(s.color, s.dashes, s.hollow) for s in plots._STYLES.values()]
+    assert set(drawing._STYLES) == set(OPERATIONS)
+    looks = [(s.color, s.dashes, s.hollow) for s in drawing._STYLES.values()]
     assert len(set(looks)) == len(looks)
-    assert len({style.short for style in plots._STYLES.values()}) == len(looks)
+    assert len({style.short for style in drawing._STYLES.values()}) == len(looks)
     grey = {"none": "#999999"}
-    for name, style in plots._STYLES.items():
-        assert style.color in plots._PALETTE or style.color == grey.get(name)
+    for name, style in drawing._STYLES.items():
+        assert style.color in look.PALETTE or style.color == grey.get(name)
 
 
 def test_darts_operations_differ_in_colour_alone() -> None:
     darts = [op for op in OPERATIONS if op not in ("none", "sep_conv_7x7", "conv_7x1_1x7", NOISE)]
-    assert len({plots._STYLES[op].color for op in darts}) == len(darts) == 7
+    assert len({drawing._STYLES[op].color for op in darts}) == len(darts) == 7
 
 
 def test_unknown_operations_get_colours_left_over() -> None:
-    styles = plots._styles([SKIP, SEP, "b_new", "a_new", *map(str, range(20))])
+    styles = drawing._styles([SKIP, SEP, "b_new", "a_new", *map(str, range(20))])
     assert list(styles)[:2] == [SKIP, SEP]
     known = {styles[SKIP].color, styles[SEP].color}
     assert not known & {style.color for name, style in styles.items() if name not in (SKIP, SEP)}
@@ -416,7 +418,7 @@ def test_curves(tmp_path: Path) -> None:
 
 def test_many_curves_look_different(monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(curves, "save", lambda figure, path: figures.append(figure))
     series = {str(i): ([0, 1], [math.nan if i == 3 else 0, i]) for i in range(20)}
     save_curves(Path("c.svg"), series, "x", "y", "t")
     lines = figures[0].axes[0].lines

@@ -1,4 +1,4 @@
-"""Pictures: cells as graphs, and curves. matplotlib is imported when a picture is drawn.
+"""Pictures of cells as graphs.
 
 A cell's nodes stand on one line. Edges from c_{k-2} run above it and edges from c_{k-1} below it,
 each in a lane of its own, the longer the farther out; an edge between neighbours is straight. So
@@ -8,7 +8,6 @@ does. Lengths are in inches, one unit of an axis.
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections import Counter
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rdarts_fast.errors import UserError
+from rdarts_fast.plots.look import FAINT, INK, PALETTE, check_suffix, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,11 +27,6 @@ if TYPE_CHECKING:
 Edge = tuple[int, int, str, float | None]  # from, to, operation, weight
 Point = tuple[float, float]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; the line is a second cue.
-_PALETTE = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
-    *("#E69F00", "#56B4E9", "#000000", "#F0E442"),
-)
 _SOLID, _DASHED, _DOTTED, _MIXED = (), (3.2, 1.4), (1.2, 1.4), (4.0, 1.3, 1.2, 1.3)
 
 
@@ -58,7 +52,7 @@ _STYLES: Mapping[str, _Style] = {
     "noise": _Style("noise", "Gaussian noise", "#000000", _MIXED),
     "none": _Style("none", "zero", "#999999", _DOTTED),
 }
-_INK, _FAINT, _PANEL, _END_FILL = "#222222", "#767676", "#F4F5F7", "#DFE2E7"
+_PANEL, _END_FILL = "#F4F5F7", "#DFE2E7"
 _PALE = 0.75  # luminance above which a line on white needs an outline
 
 _NODE, _END = (0.46, 0.36), (0.64, 0.36)  # width, height of a node, of an input or the output
@@ -141,7 +135,7 @@ def save_cells(
     cells: cell type -> edges as in `draw_cell`. Raises UserError at another suffix, or where the
     file cannot be written.
     """
-    _check_suffix(path)
+    check_suffix(path)
     styles = _styles(edge[2] for edges in cells.values() for edge in edges)
     layouts = [_lay_out(edges, nodes, len(inputs), styles) for edges in cells.values()]
     sizes = [(box[1] - box[0], box[3] - box[2]) for box in (layout.limits for layout in layouts)]
@@ -149,40 +143,7 @@ def save_cells(
     for ax, kind, edges, layout in zip(axes, cells, cells.values(), layouts, strict=True):
         name = f"{'reduction' if kind == 'reduce' else kind} cell"
         _draw(ax, edges, layout, name, inputs, styles)
-    _save(figure, path)
-
-
-def save_curves(
-    path: Path,
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    xlabel: str,
-    ylabel: str,
-    title: str,
-) -> None:
-    """Write curves as .svg or .png. series: name -> (x, y); what is not finite leaves a gap.
-
-    Raises ValueError where x and y differ in length, UserError as `save_cells` does.
-    """
-    from matplotlib.figure import Figure
-
-    _check_suffix(path)
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained", facecolor="white")
-    ax = figure.add_subplot()
-    looks = itertools.cycle(itertools.product(("-", "--", ":", "-."), _PALETTE[:-1]))
-    for (name, (x, y)), (line, color) in zip(series.items(), looks, strict=False):
-        if len(x) != len(y):
-            raise ValueError(f"series {name!r}: {len(x)} x values and {len(y)} y values")
-        marker = "o" if len(x) < 25 else ""
-        ax.plot(x, y, line, color=color, marker=marker, markersize=3.5, label=str(len(ax.lines)))
-    for text, put in ((xlabel, ax.set_xlabel), (ylabel, ax.set_ylabel), (title, ax.set_title)):
-        put(text, parse_math=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="#E3E5E8", linewidth=0.8)
-    ax.set_axisbelow(True)
-    if len(series) > 1:  # named afterwards: a legend leaves out names like "_x" and typesets "$x$"
-        for entry, name in zip(ax.legend(frameon=False).get_texts(), series, strict=True):
-            entry.set(text=name, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 # Layout
@@ -371,7 +332,7 @@ def _styles(operations: Iterable[str]) -> dict[str, _Style]:
     present = set(operations)
     styles = {name: style for name, style in _STYLES.items() if name in present}
     taken = {style.color for style in styles.values()}
-    left = [color for color in _PALETTE if color not in taken] or _PALETTE
+    left = [color for color in PALETTE if color not in taken] or PALETTE
     looks = itertools.cycle(itertools.product((_SOLID, _DASHED, _DOTTED, _MIXED), left))
     for name, (dashes, color) in zip(sorted(present - set(styles)), looks, strict=False):
         styles[name] = _Style(name.replace("_", " "), name, color, dashes)
@@ -395,13 +356,13 @@ def _draw(
     for edge, place in zip(edges, layout.labels, strict=True):
         color = styles[edge[2]].color
         _draw_box(ax, place, color, _PANEL, 5)
-        ink = _INK if _luminance(color) > 0.55 else "white"
+        ink = INK if _luminance(color) > 0.55 else "white"
         _write(ax, place, _label(edge, styles), color=ink, parse_math=False)
     for place, name in zip(layout.inputs, inputs, strict=True):
-        _draw_box(ax, place, _END_FILL, _INK, 4)
+        _draw_box(ax, place, _END_FILL, INK, 4)
         _write(ax, place, f"${name}$", fontsize=_FONT + 2)
     for i, place in enumerate(layout.nodes):
-        _draw_box(ax, place, "white", _INK, 4)
+        _draw_box(ax, place, "white", INK, 4)
         _write(ax, place, str(i))
     _draw_output(ax, layout, "$c_{k}$" if inputs[-1] == "c_{k-1}" else "output")
     _draw_title(ax, layout, title, Counter(styles[edge[2]].short for edge in edges))
@@ -425,7 +386,7 @@ def _write(ax: Axes, place: _Box, text: str, **look: Any) -> None:
         "fontsize": _FONT,
         "ha": "center",
         "va": "center_baseline",
-        "color": _INK,
+        "color": INK,
         "zorder": 6,
     }
     ax.text(place.x, place.y, text, **(usual | look))
@@ -446,7 +407,7 @@ def _draw_route(ax: Axes, route: _Route, style: _Style, zorder: float) -> None:
     along = (end - before) / np.hypot(*(end - before))
     half = 0.55 * _ARROW * np.array([-along[1], along[0]])
     corners = [end + _ARROW * along, end + half, end - half]
-    edge = _FAINT if _luminance(style.color) > _PALE else style.color
+    edge = FAINT if _luminance(style.color) > _PALE else style.color
     ax.add_patch(Polygon(corners, closed=True, fc=style.color, ec=edge, lw=0.6, zorder=3))
 
 
@@ -461,7 +422,7 @@ def _line_look(style: _Style) -> tuple[str, dict[str, Any]]:
             "path_effects": [withStroke(linewidth=3.6, foreground=style.color)],
         }
     if _luminance(style.color) > _PALE:
-        look["path_effects"] = [withStroke(linewidth=3.2, foreground=_FAINT)]
+        look["path_effects"] = [withStroke(linewidth=3.2, foreground=FAINT)]
     return style.color, look
 
 
@@ -472,12 +433,12 @@ def _luminance(color: str) -> float:
 
 def _draw_output(ax: Axes, layout: _Layout, name: str) -> None:
     start, end = layout.panel.x + layout.panel.width / 2, layout.output.x - layout.output.width / 2
-    arrow = {"arrowstyle": "-|>,head_width=0.28,head_length=0.55", "color": _INK, "lw": 2.2}
+    arrow = {"arrowstyle": "-|>,head_width=0.28,head_length=0.55", "color": INK, "lw": 2.2}
     arrow |= {"shrinkA": 0, "shrinkB": 0}
     ax.annotate("", (end, 0.0), (start, 0.0), arrowprops=arrow, zorder=3)
     if len(layout.nodes) > 1:
-        ax.text((start + end) / 2, 0.12, "concat", fontsize=8, color=_FAINT, ha="center")
-    _draw_box(ax, layout.output, _END_FILL, _INK, 4)
+        ax.text((start + end) / 2, 0.12, "concat", fontsize=8, color=FAINT, ha="center")
+    _draw_box(ax, layout.output, _END_FILL, INK, 4)
     _write(ax, layout.output, name, fontsize=_FONT + (2 if name.startswith("$") else 0))
 
 
@@ -485,10 +446,10 @@ def _draw_title(ax: Axes, layout: _Layout, title: str, counts: Counter[str]) -> 
     panel = layout.panel
     y = panel.y + panel.height / 2 + 0.1
     left, right = panel.x - panel.width / 2, panel.x + panel.width / 2
-    ax.text(left, y, title, fontsize=12, weight="bold", color=_INK, parse_math=False)
+    ax.text(left, y, title, fontsize=12, weight="bold", color=INK, parse_math=False)
     text = ", ".join(f"{count} {short}" for short, count in counts.most_common())
     if _text_width(title, 12, "bold") + _text_width(text, 9) + 0.2 < right - left:
-        ax.text(right, y, text, fontsize=9, color=_FAINT, ha="right", parse_math=False)
+        ax.text(right, y, text, fontsize=9, color=FAINT, ha="right", parse_math=False)
 
 
 def _panels(
@@ -514,7 +475,7 @@ def _panels(
         axes.append(figure.add_axes(place))
         x, top = (x + wide + gap, top) if abreast else (x, top - high - gap)
     if title:
-        look: dict[str, Any] = {"fontsize": 13, "ha": "center", "va": "top", "color": _INK}
+        look: dict[str, Any] = {"fontsize": 13, "ha": "center", "va": "top", "color": INK}
         figure.text(0.5, 1 - 0.12 / height, title, parse_math=False, **look)
     looks = [_line_look(style) for style in styles.values()]
     lines = [Line2D([], [], color=core, **look) for core, look in looks]
@@ -524,28 +485,3 @@ def _panels(
         lines, names, ncols=columns, fontsize=9, frameon=False, handlelength=3, **place_legend
     )
     return figure, axes
-
-
-# Files
-
-
-def _check_suffix(path: Path) -> None:
-    if Path(path).suffix not in (".svg", ".png"):
-        raise UserError(f"cannot draw {path}: a picture's name ends with .svg or .png")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    kind = Path(path).suffix[1:]
-    # Text stays text, and the same picture gives the same bytes.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rdarts_fast"}):
-        metadata = {"Date": None} if kind == "svg" else {}
-        figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
-    try:
-        Path(path).write_bytes(buffer.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
