@@ -257,6 +257,27 @@ def kept_edges(
     return kept
 
 
+def one_hot_weights(space: Space, genotype: Genotype) -> dict[str, Tensor]:
+    """Return the weights under which a supernet is `genotype`: 1 for what it keeps, 0 elsewhere;
+    cell type -> [E, O].
+
+    Raises UserError where the space does not have it.
+    """
+    weights = {}
+    for kind in genotype.cells:
+        weights[kind] = torch.zeros(space.edges, space.operations(kind))
+        for source, target, name in genotype.edges(kind):
+            names: tuple[str, ...] = ()
+            if target - INPUTS < space.nodes:
+                edge = edges_into(target - INPUTS)[source]
+                names = space.cells[kind][edge]
+            if name not in names:
+                at = f"{kind}[{target - INPUTS}]: {name} on input {source}"
+                raise UserError(f"genotype: {at} is not in space {space.name}")
+            weights[kind][edge, names.index(name)] = 1.0
+    return weights
+
+
 def read_genotype(path: Path) -> Genotype:
     """Read a genotype file, JSON or the official text form. Raises UserError naming the file."""
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdarts_fast import bilevel, config, config_sources, plots, tracking, training
+from rdarts_fast import bilevel, config, config_sources, evaluation, plots, tracking, training
 from rdarts_fast.config import SearchConfig
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError, exit_on_user_error
@@ -84,10 +84,10 @@ def loop(
             epoch, settings.epochs, settings.learning_rate, settings.learning_rate_min
         )
         training.set_learning_rate(state.weight_optimizer, rate)
-        state.supernet.drop_path_prob = training.linear(
-            epoch, settings.epochs - 1, state.regularisation.drop_path_prob
+        state.supernet.drop_path_prob = evaluation.drop_path_probability(
+            settings, state.regularisation, epoch
         )
-        cutout = cutout_probability(settings, state)
+        cutout = evaluation.cutout_probability(settings, state.regularisation, epoch)
         draws = Draws(settings.seed, state.branch)
         batches = task.search_epoch(draws.at(step=epoch))
         state.supernet.train()
@@ -189,36 +189,6 @@ def weight_step(
     training.descend(training_loss(), state.supernet, state.weight_optimizer, settings, state, run)
 
 
-def cutout_probability(settings: SearchConfig, state: SearchState) -> float:
-    """Return the probability of cutout in the present epoch: only beside drop path; constant as the
-    code ran, or linear.
-    """
-    if state.regularisation.drop_path_prob == 0.0:
-        return 0.0
-    if settings.cutout_schedule == "constant":
-        return settings.cutout_prob
-    return training.linear(state.epoch, settings.epochs - 1, settings.cutout_prob)
-
-
-@torch.no_grad()
-def validate(
-    task: Classification, state: SearchState, draws: Draws, cutout: float
-) -> training.Sums:
-    """Return the loss and accuracy of the supernet on the alphas' half, in eval mode, augmented as
-    published.
-    """
-    sums = training.Sums()
-    weights = softmax_weights(state.alphas)
-    state.supernet.eval()
-    for b, rows in enumerate(task.validation_batches()):
-        key = draws.at(step=(state.epoch << 16) | b, pass_index=training.EVALUATION_PASS)
-        images, labels = task.training_batch(rows, key, cutout, validation=True)
-        logits = state.supernet(images, weights, key)
-        sums.add(float(task.loss(logits, labels)), logits, labels)
-    state.supernet.train()
-    return sums
-
-
 def measure_curvature(
     settings: SearchConfig,
     task: Classification,
@@ -234,16 +204,12 @@ def measure_curvature(
     if not tracking.due(settings, state.epoch):
         return {}
     started = time.monotonic()
-    last = state.epoch * state.step + state.step - 1
-    draws = Draws(settings.seed, state.branch, last)
-    images, labels = task.training_batch(
-        task.validation_rows(draws), draws, cutout, validation=True
-    )
-    key = draws.at(pass_index=training.CURVATURE_PASS)
+    draws = Draws(settings.seed, state.branch)
+    batch = evaluation.curvature_batch(task, draws, state.epoch, state.step, cutout)
 
     state.supernet.train()
     try:
-        operator = state.supernet.hessian_operator(state.alphas, images, labels, key)
+        operator = state.supernet.hessian_operator(state.alphas, *batch)
         found = tracking.measure(settings, operator, list(state.alphas.values()), started)
     except FloatingPointError as error:
         raise UserError(
@@ -281,7 +247,8 @@ def end_epoch(
     and print a line.
     """
     curvature = measure_curvature(settings, task, state, run, cutout)
-    valid = validate(task, state, Draws(settings.seed, state.branch), cutout)
+    weights, draws = softmax_weights(state.alphas), Draws(settings.seed, state.branch)
+    valid = evaluation.validate(task, state.supernet, weights, draws, state.epoch, cutout)
     genotype = discretize(state.supernet.space, state.alphas)
     record = {
         "epoch": state.epoch,

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from rdarts_fast.errors import UserError
-from rdarts_fast.genotype import Genotype, discretize, kept_edges, read_genotype
+from rdarts_fast.genotype import (
+    Genotype,
+    discretize,
+    kept_edges,
+    one_hot_weights,
+    read_genotype,
+)
 from rdarts_fast.spaces import SPACES, Space
 
 # Final genotypes of published searches, in the official text form.
@@ -189,3 +195,36 @@ def test_description_names_every_edge() -> None:
     assert "normal  node 0 = skip_connect(c_{k-1}) + dil_conv_3x3(c_{k-2})" in text
     assert "node 1 = skip_connect(node 0) + skip_connect(c_{k-2})" in text
     assert len(text.splitlines()) == 8
+
+
+def test_one_hot_weights_choose_what_the_genotype_keeps() -> None:
+    space = SPACES["s5"]  # sep_conv_3x3, skip_connect, max_pool_3x3
+    genotype = Genotype(
+        {
+            "normal": ((("max_pool_3x3", 1), ("sep_conv_3x3", 0)),),
+            "reduce": ((("skip_connect", 0), ("skip_connect", 1)),),
+        }
+    )
+    weights = one_hot_weights(space, genotype)
+    assert weights["normal"].tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    assert weights["reduce"].tolist() == [[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
+    alphas = {kind: 5.0 * weight for kind, weight in weights.items()}
+    found = one_hot_weights(space, discretize(space, alphas))
+    assert all(found[kind].equal(weights[kind]) for kind in weights)
+
+
+@pytest.mark.parametrize("name", ["s2", "s4"])
+def test_one_hot_weights_of_another_space_are_refused(name) -> None:
+    alphas = {kind: torch.zeros(14, 2) for kind in ("normal", "reduce")}
+    genotype = discretize(SPACES[name], alphas)
+    other = {"s2": "s4", "s4": "s2"}[name]
+    with pytest.raises(UserError, match=f"is not in space {other}"):
+        one_hot_weights(SPACES[other], genotype)
+    with pytest.raises(UserError, match=r"normal\[1\].*is not in space s5"):
+        one_hot_weights(SPACES["s5"], discretize(SPACES["darts"], {k: one_sep() for k in alphas}))
+
+
+def one_sep() -> torch.Tensor:
+    alphas = torch.zeros(14, 8)
+    alphas[:, 4] = 1.0  # sep_conv_3x3, which s5 has
+    return alphas

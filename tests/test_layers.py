@@ -31,9 +31,9 @@ FLOORS = [
     ["genotype", "regularisation", "config_sources"],
     ["networks", "run_dir"],
     ["tasks", "training", "tracking", "fleet"],
-    ["search_state"],
+    ["search_state", "evaluation"],
     ["rollback"],
-    ["search", "random_search", "retrain"],
+    ["search", "random_search", "retrain", "analysis"],
     ["robust", "report", "info", "__init__"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -20,7 +20,17 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from rdarts_fast.errors import UserError
-from rdarts_fast.plots import Edge, curves, draw_cell, look, save_cells, save_curves
+from rdarts_fast.plots import (
+    Edge,
+    curves,
+    draw_cell,
+    look,
+    save_cells,
+    save_curves,
+    save_landscape,
+    save_spectrum,
+    save_trajectory,
+)
 from rdarts_fast.plots import cells as drawing
 from rdarts_fast.spaces import OPERATIONS
 
@@ -430,3 +440,48 @@ def test_curves_of_unequal_length_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'a': 2 x values and 1 y values"):
         save_curves(tmp_path / "c.svg", {"a": ([0, 1], [1])}, "x", "y", "t")
     assert list(tmp_path.iterdir()) == []
+
+
+def branch(stop: int | None, shift: int = 0) -> dict[str, object]:
+    epochs = list(range(shift, shift + 20, 2))
+    values = [0.1 + 0.01 * epoch for epoch in epochs]
+    return {
+        "epochs": epochs,
+        "values": values,
+        "average_epochs": epochs[:-2],
+        "averages": values[:-2],
+        "stop_epoch": stop,
+    }
+
+
+def test_a_trajectory_shows_its_stops_and_names_its_lines_once(tmp_path: Path) -> None:
+    save_trajectory(tmp_path / "t.svg", [branch(10), branch(None, 12)])
+    found = texts_of(tmp_path / "t.svg")
+    assert found.count("stop 10") == 1 and found.count("local average") == 1
+    assert found.count("measured") == 1 and "lambda_max" in found
+    save_trajectory(tmp_path / "u.svg", [branch(None)])
+    assert not [text for text in texts_of(tmp_path / "u.svg") if "stop" in text]
+
+
+def test_a_spectrum_has_its_first_middle_and_last_epoch(tmp_path: Path) -> None:
+    spectra = {epoch: [1.0 / (k + 1) for k in range(56)] for epoch in range(0, 50, 2)}
+    save_spectrum(tmp_path / "s.svg", spectra)
+    shown = [text for text in texts_of(tmp_path / "s.svg") if text.startswith("epoch ")]
+    assert shown == ["epoch 0", "epoch 24", "epoch 48"]
+    save_spectrum(tmp_path / "one.svg", {3: [0.5, -0.2]})
+    assert "epoch 3" in texts_of(tmp_path / "one.svg")
+
+
+def test_a_landscape_has_both_planes_and_may_be_flat(tmp_path: Path) -> None:
+    steps = [-1.0, 0.0, 1.0]
+    bowl = [[a * a + b * b for b in steps] for a in steps]
+    for plane in (bowl, [[0.5] * 3] * 3):
+        save_landscape(tmp_path / "l.svg", steps, plane, plane)
+        found = texts_of(tmp_path / "l.svg")
+        assert {"leading eigenvectors", "random directions"} <= set(found)
+
+
+def texts_of(path: Path) -> list[str]:
+    """Every text of an SVG file."""
+    name = "{http://www.w3.org/2000/svg}text"
+    return ["".join(node.itertext()).strip() for node in ET.parse(path).iter(name)]

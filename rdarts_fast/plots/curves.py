@@ -1,12 +1,23 @@
-"""Pictures of numbers: curves."""
+"""Pictures of numbers: curves, lambda_max over a search, its spectrum, the loss in a plane."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rdarts_fast.plots.look import PALETTE, check_suffix, save
+import numpy as np
+
+from rdarts_fast.plots.look import FAINT, INK, PALETTE, check_suffix, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_GRID = "#E3E5E8"
+_SHOWN = 30  # eigenvalues in a picture of a spectrum, as in the paper
+_BLUE, _ORANGE = PALETTE[0], PALETTE[1]
 
 
 def save_curves(
@@ -20,23 +31,151 @@ def save_curves(
 
     Raises ValueError where x and y differ in length, UserError as `save_cells` does.
     """
-    from matplotlib.figure import Figure
-
     check_suffix(path)
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained", facecolor="white")
-    ax = figure.add_subplot()
+    figure, ax = _one_panel()
+    draw_curves(ax, series, xlabel, ylabel, title)
+    save(figure, path)
+
+
+def draw_curves(
+    ax: Axes,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+) -> None:
+    """Draw curves on `ax`; see save_curves."""
     looks = itertools.cycle(itertools.product(("-", "--", ":", "-."), PALETTE[:-1]))
     for (name, (x, y)), (line, color) in zip(series.items(), looks, strict=False):
         if len(x) != len(y):
             raise ValueError(f"series {name!r}: {len(x)} x values and {len(y)} y values")
         marker = "o" if len(x) < 25 else ""
         ax.plot(x, y, line, color=color, marker=marker, markersize=3.5, label=str(len(ax.lines)))
-    for text, put in ((xlabel, ax.set_xlabel), (ylabel, ax.set_ylabel), (title, ax.set_title)):
-        put(text, parse_math=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="#E3E5E8", linewidth=0.8)
-    ax.set_axisbelow(True)
+    _label(ax, xlabel, ylabel, title)
     if len(series) > 1:  # named afterwards: a legend leaves out names like "_x" and typesets "$x$"
         for entry, name in zip(ax.legend(frameon=False).get_texts(), series, strict=True):
             entry.set(text=name, parse_math=False)
+
+
+def save_trajectory(path: Path, branches: Sequence[Mapping[str, Any]], title: str = "") -> None:
+    """Write lambda_max over a search's epochs as .svg or .png; see draw_trajectory."""
+    check_suffix(path)
+    figure, ax = _one_panel()
+    draw_trajectory(ax, branches, title or "largest eigenvalue of the alphas' Hessian")
     save(figure, path)
+
+
+def draw_trajectory(ax: Axes, branches: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draw lambda_max and its local average over the epochs (paper, figures 3 and 12).
+
+    branches: each with epochs, values, average_epochs, averages and stop_epoch (None where there is
+    none). A branch that a rollback ended is fainter; a stop is an upright line.
+    """
+    stops = []
+    for number, branch in enumerate(branches):
+        last = number == len(branches) - 1
+        names = ("measured", "local average") if last else ("_", "_")  # "_": not in the legend
+        look: dict[str, Any] = {"alpha": 1.0 if last else 0.35}
+        dots = {"color": FAINT, "markersize": 3.5, "label": names[0], **look}
+        ax.plot(branch["epochs"], branch["values"], "o", **dots)
+        line = {"color": _BLUE, "linewidth": 2, "label": names[1], **look}
+        ax.plot(branch["average_epochs"], branch["averages"], "-", **line)
+        if branch["stop_epoch"] is not None:
+            stops.append(branch["stop_epoch"])
+    for epoch in sorted(set(stops)):
+        ax.axvline(epoch, color=_ORANGE, ls=(0, (4, 2)), lw=1.5)
+        ax.annotate(
+            f"stop {epoch}",
+            (epoch, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -3),
+            textcoords="offset points",
+            va="top",
+            color=INK,
+            fontsize=9,
+        )
+    _label(ax, "epoch", "lambda_max", title)
+    ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    ax.margins(y=0.12)
+    ax.legend(frameon=False)
+
+
+def save_spectrum(path: Path, spectra: Mapping[int, Sequence[float]]) -> None:
+    """Write the spectra of several epochs as .svg or .png; see draw_spectrum."""
+    check_suffix(path)
+    figure, ax = _one_panel()
+    draw_spectrum(ax, spectra, "eigenvalues of the alphas' Hessian")
+    save(figure, path)
+
+
+def draw_spectrum(ax: Axes, spectra: Mapping[int, Sequence[float]], title: str) -> None:
+    """Draw the eigenvalues of largest absolute value of the first, the middle and the last epoch
+    (paper, figure 14).
+
+    spectra: epoch -> eigenvalues, largest absolute value first.
+    """
+    epochs = sorted(spectra)
+    chosen = sorted({epochs[0], epochs[len(epochs) // 2], epochs[-1]})
+    looks = (("o", PALETTE[5]), ("s", PALETTE[4]), ("^", PALETTE[0]))
+    for epoch, (marker, color) in zip(chosen, looks[-len(chosen) :], strict=True):
+        values = spectra[epoch][:_SHOWN]
+        at = range(1, len(values) + 1)
+        ax.plot(at, values, marker, color=color, ms=4.5, label=f"epoch {epoch}")
+    ax.axhline(0.0, color=FAINT, lw=0.8)
+    _label(ax, "eigenvalue, by absolute value", "value", title)
+    ax.legend(frameon=False)
+
+
+def save_landscape(
+    path: Path,
+    steps: Sequence[float],
+    leading: Sequence[Sequence[float]],
+    random: Sequence[Sequence[float]],
+) -> None:
+    """Write the loss in two planes through the alphas as .svg or .png; see draw_landscape."""
+    from matplotlib.figure import Figure
+
+    check_suffix(path)
+    figure = Figure(figsize=(8.2, 3.5), layout="constrained", facecolor="white")
+    draw_landscape(figure, steps, leading, random)
+    save(figure, path)
+
+
+def draw_landscape(
+    figure: Figure,
+    steps: Sequence[float],
+    leading: Sequence[Sequence[float]],
+    random: Sequence[Sequence[float]],
+) -> None:
+    """Draw two planes of losses [n, n] side by side, in one scale of colours.
+
+    steps: [n], how far along each direction; rows are steps along the first.
+    """
+    planes = [np.asarray(plane, dtype=float) for plane in (leading, random)]
+    low, high = min(plane.min() for plane in planes), max(plane.max() for plane in planes)
+    levels = np.linspace(low, max(high, low + 1e-9), 25)
+    names = (("leading eigenvectors", "eigenvector"), ("random directions", "direction"))
+    axes = figure.subplots(1, 2, sharey=False)
+    for ax, plane, (title, name) in zip(axes, planes, names, strict=True):
+        filled = ax.contourf(steps, steps, plane, levels=levels, cmap="cividis", extend="neither")
+        ax.contour(steps, steps, plane, levels=levels, colors="white", linewidths=0.4)
+        ax.plot([0.0], [0.0], "+", color="white", ms=10, mew=2)
+        ax.set(xlabel=f"second {name}", ylabel=f"first {name}", aspect="equal", title=title)
+    figure.colorbar(
+        filled, ax=axes, label="validation loss on one batch", format="%.3g", shrink=0.85
+    )
+
+
+def _one_panel() -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained", facecolor="white")
+    return figure, figure.add_subplot()
+
+
+def _label(ax: Axes, xlabel: str, ylabel: str, title: str) -> None:
+    for text, put in ((xlabel, ax.set_xlabel), (ylabel, ax.set_ylabel), (title, ax.set_title)):
+        put(text, parse_math=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color=_GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
