@@ -12,9 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rdarts_fast.analysis import analyse
     from rdarts_fast.genotype import Genotype, discretize
     from rdarts_fast.networks import Network, Supernet
     from rdarts_fast.retrain import run_retraining
+    from rdarts_fast.robust import run_robust
     from rdarts_fast.run_dir import Run
     from rdarts_fast.search import run_search
     from rdarts_fast.spaces import load_space
@@ -27,9 +29,11 @@ __all__ = [
     "Run",
     "Supernet",
     "__version__",
+    "analyse",
     "discretize",
     "load_space",
     "run_retraining",
+    "run_robust",
     "run_search",
 ]
 
@@ -38,9 +42,11 @@ _HOMES = {
     "Network": "networks",
     "Run": "run_dir",
     "Supernet": "networks",
+    "analyse": "analysis",
     "discretize": "genotype",
     "load_space": "spaces",
     "run_retraining": "retrain",
+    "run_robust": "robust",
     "run_search": "search",
 }
 _MODULES = ("bilevel", "genotype", "networks", "search", "spaces")

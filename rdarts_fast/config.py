@@ -118,6 +118,8 @@ class SearchConfig(RunConfig):
     """Measurements between the two averages that are compared."""
     stop_start_epoch: int = 10
     """First epoch to go back to."""
+    oracle: Path | None = None
+    """A table of all architectures (robust --method exhaustive): adds each epoch's test regret."""
     adaptive: Literal["off", "l2", "drop-path", "both"] = "off"
     """DARTS-ADA: where the rule fires, go back to the stop epoch and regularise more by this."""
     adaptive_factor: float = 10.0

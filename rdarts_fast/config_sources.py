@@ -83,6 +83,8 @@ def _absolute(config: Config) -> Config:
     changes: dict[str, Any] = {"data": data, "data_root": config.data_root.absolute()}
     if isinstance(config, SearchConfig) and config.space.endswith(".json"):
         changes["space"] = str(Path(config.space).absolute())
+    if isinstance(config, SearchConfig) and config.oracle is not None:
+        changes["oracle"] = config.oracle.absolute()
     return dataclasses.replace(config, **changes)
 
 
@@ -123,7 +125,7 @@ def _read_config(folder: Path, what: str) -> dict[str, Any]:
 
 
 def _with_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    paths = ("data_root", "out", "resume")
+    paths = ("data_root", "out", "resume", "oracle")
     texts = ("space", "data", "source")  # where a Path is as good as its text
     return {
         k: Path(v)

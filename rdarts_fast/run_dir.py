@@ -277,6 +277,29 @@ def _explained(action: str, path: Path) -> Iterator[None]:
         raise UserError(text) from error
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder that is no run's itself, such as one of many runs, against a second process.
+
+    Raises UserError where it is held (the message names the process and host).
+    """
+    with _explained("write in", folder):
+        lock = _take_lock(folder, folder)
+    try:
+        yield
+    finally:
+        lock.close()
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file atomically, its folder made. Raises UserError where it cannot be written,
+    naming the errno.
+    """
+    with _explained("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, text.encode())
+
+
 # Making a folder
 
 

@@ -23,6 +23,7 @@ from rdarts_fast.errors import UserError, exit_on_user_error
 from rdarts_fast.events import Events
 from rdarts_fast.genotype import Genotype, discretize, kept_edges
 from rdarts_fast.networks import Supernet, softmax_weights
+from rdarts_fast.oracle import Oracle
 from rdarts_fast.rollback import early_stop, goes_on, mark_abandoned, save_for_rollback
 from rdarts_fast.run_dir import GENOTYPE, RESULT, SPACE, Run, RunDir
 from rdarts_fast.search_state import SearchState
@@ -49,6 +50,9 @@ def search(settings: SearchConfig) -> Run:
 def _search(settings: SearchConfig, device: torch.device) -> Run:
     resumed = settings.resume
     space = load_space(settings.space if resumed is None else resumed / SPACE)
+    oracle = None if settings.oracle is None else Oracle.read(settings.oracle)
+    if oracle is not None:
+        oracle.check(space, settings.data)
     task = Classification.load(settings, device)
     state = SearchState.start(settings, task.supernet(settings, space).to(device))
     where = training.environment(device, settings, task.fingerprint())
@@ -60,7 +64,7 @@ def _search(settings: SearchConfig, device: torch.device) -> Run:
     ):
         announce(settings, where, task, state.supernet, run)
         with training.event_writer(settings, run, state.epoch) as events:
-            loop(settings, task, state, run, stop, events)
+            loop(settings, task, state, run, stop, events, oracle)
         return finish(settings, state, run)
 
 
@@ -71,6 +75,7 @@ def loop(
     run: RunDir,
     stop: training.Stop,
     events: Events,
+    oracle: Oracle | None = None,
 ) -> None:
     """Search from where `state` stands to the last epoch: each step an alpha step, then a weight
     step (Algorithm 1).
@@ -110,7 +115,7 @@ def loop(
                 clock.reset()
             if stop.asked:
                 raise training.Interrupted(training.resume_command("search", run.folder))
-        end_epoch(settings, task, state, run, events, rate, cutout, started)
+        end_epoch(settings, task, state, run, events, rate, cutout, started, oracle)
         clock.reset()
 
 
@@ -225,12 +230,15 @@ def measure_curvature(
     return found.record
 
 
-def lambda_text(record: Mapping[str, Any]) -> str:
-    """Return the part of an epoch's line that tells of its lambda_max."""
-    if "lambda_max" not in record:
-        return ""
-    fired = f" (grown since epoch {record['stop_epoch']})" if "stop_epoch" in record else ""
-    return f"lambda_max {record['lambda_max']:.3f}{fired}  "
+def more_text(record: Mapping[str, Any]) -> str:
+    """Return the part of an epoch's line that tells of its lambda_max and regret."""
+    text = ""
+    if "lambda_max" in record:
+        fired = f" (grown since epoch {record['stop_epoch']})" if "stop_epoch" in record else ""
+        text += f"lambda_max {record['lambda_max']:.3f}{fired}  "
+    if "regret" in record:
+        text += f"regret {record['regret']:.2%}  "
+    return text
 
 
 def end_epoch(
@@ -242,6 +250,7 @@ def end_epoch(
     rate: float,
     cutout: float,
     started: float,
+    oracle: Oracle | None = None,
 ) -> None:
     """Measure the curvature, validate, write the epoch's line and genotype, then the checkpoint,
     and print a line.
@@ -261,6 +270,7 @@ def end_epoch(
         "valid_loss": valid.loss,
         "valid_accuracy": valid.accuracy,
         **curvature,
+        **({} if oracle is None else {"regret": oracle.regret(genotype)}),
         "alphas": {kind: alpha.tolist() for kind, alpha in state.alphas.items()},
         "genotype": genotype.to_dict(),
         "seconds": round(time.monotonic() - started, 3),
@@ -277,7 +287,7 @@ def end_epoch(
         f"epoch {record['epoch']:>3}/{settings.epochs - 1}  "
         f"train loss {record['train_loss']:.3f} accuracy {record['train_accuracy']:.1%}  "
         f"validation loss {valid.loss:.3f} accuracy {valid.accuracy:.1%}  "
-        f"{lambda_text(record)}{record['seconds']:.1f} s",
+        f"{more_text(record)}{record['seconds']:.1f} s",
         flush=True,
     )
 

@@ -1,0 +1,378 @@
+"""The protocol of R-DARTS: what is run, what is chosen, and that it is gone on with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rdarts_fast import robust as robust_module
+from rdarts_fast.config import RetrainConfig, SearchConfig
+from rdarts_fast.errors import UserError
+from rdarts_fast.genotype import Genotype
+from rdarts_fast.oracle import Oracle
+from rdarts_fast.protocol import RobustConfig, plan, short_epochs, words_of
+from rdarts_fast.robust import robust, run_robust
+from rdarts_fast.run_dir import Run, held, write_file
+from rdarts_fast.search import run_search
+from tests.small import settings, write_images
+
+REPOSITORY = Path(__file__).parents[1]
+SEARCH = ("channels=2", "layers=3", "epochs=1", "batch_size=6", "threads=1", "epoch_steps=2")
+RETRAIN = ("channels=2", "layers=3", "epochs=2", "batch_size=6", "threads=1", "epoch_steps=2")
+
+
+def tiny(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of a protocol of seconds; `folder` gets the images and the runs."""
+    images = folder / "images.npz"
+    if not images.exists():
+        write_images(images)
+    given = {
+        "space": "s5",
+        "data": f"npz:{images}",
+        "grid": (3e-4, 3e-2),
+        "short_epochs": 1,
+        "search": SEARCH,
+        "retrain": RETRAIN,
+        "device": "cpu",
+        "out": folder / "robust",
+    }
+    return given | changes
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "table.json").read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    run_robust(**tiny(folder, seeds=2))
+    return folder / "robust"
+
+
+def test_the_protocol_end_to_end(finished) -> None:
+    rows = numbers(finished)
+    names = [f"l2-{value}-seed{seed}" for seed in (0, 1) for value in ("0.0003", "0.03")]
+    assert [row["name"] for row in rows] == names
+    for row in rows:
+        search = Run.read(finished / "searches" / row["name"])
+        assert search.config["weight_decay"] == float(row["name"].split("-")[1])
+        assert search.config["seed"] == row["seed"]
+        short = Run.read(finished / "short" / row["name"])
+        assert short.config["holdout"] is True and short.config["epochs"] == 1
+        assert short.genotype == search.genotype
+        assert row["valid_error"] == short.result["valid_error"]
+        assert "test_error" not in json.dumps([short.result, *short.metrics])
+    for seed in (0, 1):
+        mine = [row for row in rows if row["seed"] == seed]
+        best = min(mine, key=lambda row: row["valid_error"])
+        assert [row for row in mine if row["selected"]] == [best]
+        full = Run.read(finished / "final" / best["name"])
+        assert (full.config["holdout"], full.config["epochs"]) == (False, 2)
+        assert best["test_error"] == full.result["test_error"]
+        assert full.genotype == Run.read(finished / "searches" / best["name"]).genotype
+    assert len(list((finished / "final").iterdir())) == 2
+    errors = [row["test_error"] for row in rows if row["selected"]]
+    table = json.loads((finished / "table.json").read_text())
+    assert table["mean"] == statistics.mean(errors)
+    assert table["deviation"] == statistics.stdev(errors)
+    with open(finished / "table.csv", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [float(r["valid_error"]) for r in read] == [row["valid_error"] for row in rows]
+    assert f"{table['mean']:.2%}" in (finished / "table.md").read_text()
+
+
+def test_a_second_start_does_nothing_and_says_the_same(finished, monkeypatch, capsys) -> None:
+    before = numbers(finished)
+    for name in ("run_search", "run_retraining"):
+        monkeypatch.setattr(robust_module, name, None)
+    table = run_robust(**tiny(finished.parent, seeds=2))
+    assert [dict(row) for row in table.rows] == before
+    assert "4 of 4 done" in capsys.readouterr().out
+
+
+def test_other_settings_are_not_mixed_into_a_folder(finished, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"--short-epochs: .* was started with 1, not 2"):
+        run_robust(**tiny(finished.parent, seeds=2, short_epochs=2))
+    with pytest.raises(UserError, match=r"--search: .* started with"):
+        run_robust(**tiny(finished.parent, seeds=2, search=(*SEARCH, "order=first")))
+    (tmp_path / "robust").mkdir()
+    (tmp_path / "robust" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        run_robust(**tiny(tmp_path))
+    (tmp_path / "robust" / "thesis.txt").unlink()
+    with held(tmp_path / "robust"), pytest.raises(UserError, match="is in use by process"):
+        write_file(tmp_path / "robust" / "robust.json", (finished / "robust.json").read_text())
+        run_robust(**tiny(finished.parent, seeds=2, out=tmp_path / "robust"))
+
+
+class Planted:
+    """Searches and trainings that only write what they would have found."""
+
+    def __init__(self, monkeypatch, errors: Mapping[str, tuple[float, float]]) -> None:
+        self.errors, self.calls = errors, []
+        monkeypatch.setattr(robust_module, "run_search", self.search)
+        monkeypatch.setattr(robust_module, "run_retraining", self.retrain)
+
+    def search(self, **given: Any) -> None:
+        self._write(given, {"valid_accuracy": 0.5, "seconds": 1.0})
+
+    def retrain(self, **given: Any) -> None:
+        valid, test = self.errors[Path(given["out"]).name]
+        found = {"valid_error": valid} if given.get("holdout") else {"test_error": test}
+        self._write(given, found)
+
+    def _write(self, given: dict[str, Any], result: dict[str, float]) -> None:
+        self.calls.append(f"{given['out'].parent.name}/{given['out'].name}")
+        genotype = {"normal": ((("skip_connect", 0), ("skip_connect", 1)),)}
+        for name, text in (
+            ("config.json", "{}"),
+            ("environment.json", "{}"),
+            ("genotype.json", Genotype(genotype | {"reduce": genotype["normal"]}).to_json()),
+            ("result.json", json.dumps(result)),
+        ):
+            write_file(given["out"] / name, text)
+
+
+def test_a_genotype_that_wins_on_test_and_loses_on_validation_is_not_selected(
+    tmp_path, monkeypatch
+) -> None:
+    planted = Planted(
+        monkeypatch,
+        {"l2-0.0003-seed0": (0.30, 0.01), "l2-0.03-seed0": (0.20, 0.40)},  # validation, test
+    )
+    table = run_robust(**tiny(tmp_path))
+    assert [row["selected"] for row in table.rows] == [False, True]
+    assert table.mean == 0.40 and table.deviation is None
+    assert [call for call in planted.calls if call.startswith("final")] == ["final/l2-0.03-seed0"]
+    assert table.rows[0]["test_error"] is None
+
+
+def test_a_tie_goes_to_the_earlier(tmp_path, monkeypatch) -> None:
+    Planted(monkeypatch, {"l2-0.0003-seed0": (0.25, 0.2), "l2-0.03-seed0": (0.25, 0.1)})
+    table = run_robust(**tiny(tmp_path))
+    assert [row["selected"] for row in table.rows] == [True, False]
+
+
+def test_a_run_that_fails_stops_no_other_and_is_tried_again(tmp_path, monkeypatch, capsys) -> None:
+    planted = Planted(monkeypatch, {"l2-0.0003-seed0": (0.3, 0.1), "l2-0.03-seed0": (0.2, 0.4)})
+    search = planted.search
+
+    def failing(**given: Any) -> None:
+        if "0.03-" in given["out"].name:
+            raise UserError("the training loss is nan: lower --learning-rate")
+        search(**given)
+
+    monkeypatch.setattr(robust_module, "run_search", failing)
+    with pytest.raises(UserError, match=r"1 runs failed \(l2-0.03-seed0\)"):
+        run_robust(**tiny(tmp_path))
+    rows = numbers(tmp_path / "robust")
+    assert [row["selected"] for row in rows] == [True, False]
+    assert (rows[0]["test_error"], rows[1]["valid_error"]) == (0.1, None)
+    assert "the training loss is nan" in rows[1]["error"]
+    assert "failed: l2-0.03-seed0: the training loss is nan" in capsys.readouterr().out
+    monkeypatch.setattr(robust_module, "run_search", search)
+    table = run_robust(**tiny(tmp_path))
+    assert [row["selected"] for row in table.rows] == [False, True]
+    assert [row["test_error"] for row in table.rows] == [None, 0.4]  # of the selected alone
+
+
+def test_the_plan_of_each_method() -> None:
+    l2 = plan(RobustConfig(method="l2"))
+    assert [p.settings for p in l2] == [{"weight_decay": 3e-4 * k} for k in (1, 3, 9, 27)] or [
+        p.settings["weight_decay"] for p in l2
+    ] == pytest.approx([3e-4, 9e-4, 27e-4, 81e-4])
+    drop = plan(RobustConfig(method="drop-path"))
+    assert [p.settings for p in drop] == [{"drop_path_prob": p} for p in (0.0, 0.2, 0.4, 0.6)]
+    assert [p.name for p in drop][1] == "dp-0.2-seed0"
+    seeds = plan(RobustConfig(method="seeds", searches=3, seeds=2, seed=5))
+    assert [p.search_seed for p in seeds] == [5, 6, 7, 8, 9, 10]
+    assert [p.seed for p in seeds] == [5, 5, 5, 6, 6, 6]
+    assert {tuple(p.settings) for p in seeds} == {()}
+    early = plan(RobustConfig(method="es"))
+    assert early[0].settings == {"early_stop": "stop", "curvature": "lambda"}
+    adaptive = plan(RobustConfig(method="ada"))
+    assert adaptive[3].settings == {"adaptive": "l2", "curvature": "lambda"}
+    assert len({p.name for p in [*l2, *drop, *seeds, *early, *adaptive]}) == 4 * 4 + 6
+
+
+def test_how_long_the_short_training_is() -> None:
+    assert short_epochs(RobustConfig(data="cifar10")) == 100
+    assert short_epochs(RobustConfig(data="digits", preset="paper")) == 100
+    assert short_epochs(RobustConfig()) < 100
+    assert short_epochs(RobustConfig(short_epochs=7, preset="quick")) == 7
+
+
+def test_every_architecture_of_a_small_space(tmp_path, capsys) -> None:
+    space = {"nodes": 1, "cells": {"normal": ["skip_connect"], "reduce": ["skip_connect"]}}
+    space["cells"]["normal"] = [["skip_connect", "sep_conv_3x3"], ["noise", "max_pool_3x3"]]
+    (tmp_path / "small.json").write_text(json.dumps(space))
+    given = tiny(tmp_path, space=str(tmp_path / "small.json"), method="exhaustive", grid=())
+    run_robust(**given)
+    oracle = Oracle.read(tmp_path / "robust" / "oracle.json")
+    assert len(oracle.errors) == 4
+    for path in (tmp_path / "robust" / "final").iterdir():
+        run = Run.read(path)
+        assert oracle.errors[run.genotype] == run.result["test_error"]
+    assert "oracle: " in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"s4 has .* architectures, more than 1000; s5 has 81"):
+        run_robust(**tiny(tmp_path, space="s4", method="exhaustive", grid=(), out=tmp_path / "x"))
+    run = run_search(
+        **settings(tmp_path, space=str(tmp_path / "small.json"), epochs=1),
+        oracle=tmp_path / "robust" / "oracle.json",
+    )
+    assert run.metrics[-1]["regret"] == oracle.regret(run.genotype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "l3"}, 'unknown method "l3"'),
+        ({"space": "s9"}, 'unknown space "s9"'),
+        ({"seeds": 0}, "--seeds: expected at least 1"),
+        ({"short_epochs": 0}, "--short-epochs: expected at least 1"),
+        ({"method": "es"}, "--grid is for the methods"),
+        ({"grid": (0.1, 0.1)}, "--grid: a value stands there twice"),
+        ({"grid": (-0.1,)}, "--weight-decay: expected a number of at least 0"),
+        ({"method": "drop-path", "grid": (1.5,)}, "--drop-path-prob"),
+        ({"search": ("epochs",)}, "--search: expected KEY=VALUE"),
+        ({"search": ("epoch=3",)}, r'--search: unknown setting "epoch".*Did you mean "epochs"'),
+        ({"search": ("seed=3",)}, "--search seed=3: the protocol sets seed itself"),
+        ({"search": ("weight_decay=1",)}, "--search: the method l2 sets weight_decay itself"),
+        ({"search": ("epochs=many",)}, "--epochs: expected a whole number"),
+        ({"retrain": ("holdout=true",)}, "the protocol sets holdout itself"),
+        ({"retrain": ("layers=0",)}, "--layers"),
+        ({"retrain": ("preset=20x63",)}, 'unknown preset "20x63"'),
+        ({"device": "gpu"}, "--device"),
+        ({"fleet": "slurm"}, "--fleet"),
+        ({"colour": "red"}, 'unknown setting "colour"'),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_made(changes, message, tmp_path) -> None:
+    with pytest.raises(UserError, match=message):
+        run_robust(**tiny(tmp_path, **changes))
+    assert not (tmp_path / "robust").exists()
+
+
+def test_words_become_settings() -> None:
+    words = ("epochs=25", "drop-path-prob=0.2", "order=first", "flip=False", "epoch_steps=none")
+    assert words_of(words, SearchConfig) == {
+        "epochs": 25,
+        "drop_path_prob": 0.2,
+        "order": "first",
+        "flip": False,
+        "epoch_steps": None,
+    }
+    assert words_of(("preset=20x36", "auxiliary=true"), RetrainConfig) == {
+        "preset": "20x36",
+        "auxiliary": True,
+    }
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rdarts_fast import training
+from tests.test_robust import run_robust, tiny
+left = int(sys.argv[2])
+descend = training.descend
+def counting(*given):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    descend(*given)
+training.descend = counting
+run_robust(**tiny(Path(sys.argv[1])))
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A protocol of one repetition that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_robust(**tiny(folder))
+    return folder / "robust"
+
+
+def test_killed_at_five_moments_and_started_again_the_table_is_the_same(whole, tmp_path) -> None:
+    moments = random.Random(0)  # steps of the weights: 2 searches, 2 short and a full training
+    kills = [moments.randint(1, 3) for _ in range(5)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    for left in kills:
+        command = [sys.executable, "-c", KILLED, str(tmp_path), str(left)]
+        process = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+        assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
+    run_robust(**tiny(tmp_path))
+    assert numbers(tmp_path / "robust") == numbers(whole)
+
+
+def test_on_ray_with_a_worker_killed_the_table_is_the_same(whole, tmp_path) -> None:
+    script = f"""
+from pathlib import Path
+from tests.test_robust import run_robust, tiny
+run_robust(**tiny(Path({str(whole.parent)!r}), out=Path({str(tmp_path)!r}) / "ray", fleet="ray"))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    victim = kill_first_worker(tmp_path / "ray" / "searches")
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, printed[-3000:]
+    assert victim in printed and "is started again" in printed
+    assert numbers(tmp_path / "ray") == numbers(whole)
+
+
+def kill_first_worker(folder: Path) -> str:
+    """Kill the first process that holds a run in `folder`; return the run's name."""
+    for _ in range(6000):
+        for lock in folder.glob("l2-*/lock"):
+            words = lock.read_text().split()
+            if len(words) > 1 and words[0] == "process":
+                os.kill(int(words[1]), signal.SIGKILL)
+                return lock.parent.name
+        time.sleep(0.01)
+    raise AssertionError("no run began within a minute")
+
+
+def test_the_command_line_and_its_help(tmp_path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "rdarts_fast.robust", *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    shown = run("--help").stdout
+    assert all(flag in shown for flag in ("--method", "--seeds", "--fleet", "--short-epochs"))
+    bad = run("--search", "epoch=3", "--out", str(tmp_path / "x"))
+    assert bad.returncode == 2 and bad.stderr.startswith("error: --search")
+    assert len(bad.stderr.splitlines()) == 1
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch) -> None:
+    planted = Planted(monkeypatch, {})
+
+    def interrupted(**given: Any) -> None:
+        raise robust_module.training.Interrupted("python -m rdarts_fast.search --resume x")
+
+    monkeypatch.setattr(robust_module, "run_search", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        robust(RobustConfig(**tiny(tmp_path)))
+    assert caught.value.args == ("the same command",) and planted.calls == []
