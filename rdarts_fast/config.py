@@ -156,6 +156,12 @@ class RetrainConfig(RunConfig):
     """A second classifier after two thirds of the cells; off below a 4x4 feature map."""
     auxiliary_weight: float = 0.4
     """Weight of the auxiliary loss."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: convolutions in bfloat16 by autocast, weights in float32; for GPUs."""
+    channels_last: bool = False
+    """Keep images and weights with channels innermost; faster on GPUs, other bits."""
+    compile: bool = False
+    """Let torch.compile have the network: minutes at the start, then faster; other bits."""
 
 
 Config = TypeVar("Config", SearchConfig, RetrainConfig)

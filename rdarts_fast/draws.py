@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,13 +78,16 @@ class Draws:
 
     `branch` counts rollbacks, `step` is the user's clock, `pass_index` counts the forward passes of
     a step. `seed` lies in [0, 2**64), `step` and every `site` in [0, 2**32), `branch` and
-    `pass_index` in [0, 2**16); anything else raises ValueError.
+    `pass_index` in [0, 2**16); anything else raises ValueError. `part` is (first, whole) where only
+    the samples from `first` on of a batch of `whole` are drawn for: they get the numbers that they
+    have in the whole batch.
     """
 
     seed: int
     branch: int = 0
     step: int = 0
     pass_index: int = 0
+    part: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         _check_range("seed", self.seed, 64)
@@ -91,8 +95,8 @@ class Draws:
         _check_range("step", self.step, 32)
         _check_range("pass_index", self.pass_index, 16)
 
-    def at(self, **changes: int) -> Draws:
-        """Return the draws of another seed, branch, step or pass_index."""
+    def at(self, **changes: Any) -> Draws:
+        """Return the draws of another seed, branch, step, pass_index or part."""
         return replace(self, **changes)
 
     def bits(self, site: int, count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -100,14 +104,28 @@ class Draws:
         return self._draw("philox_bits", philox_twin, torch.int64, site, (count,), device)
 
     def uniform(
-        self, site: int, shape: Sequence[int], device: torch.device | str = "cpu"
+        self,
+        site: int,
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+        samples: int | None = None,
     ) -> Tensor:
-        """Return float32 [*shape], uniform over the multiples of 2**-24 in [0, 1)."""
-        return self._draw("philox_uniform", uniform_twin, torch.float32, site, shape, device)
+        """Return float32 [*shape], uniform over the multiples of 2**-24 in [0, 1). `samples` is the
+        dimension that counts those of a batch, where there is one.
+        """
+        return self._draw(
+            "philox_uniform", uniform_twin, torch.float32, site, shape, device, samples
+        )
 
-    def normal(self, site: int, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """Return float32 [*shape], standard normal."""
-        return self._draw("philox_normal", normal_twin, torch.float32, site, shape, device)
+    def normal(
+        self,
+        site: int,
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+        samples: int | None = None,
+    ) -> Tensor:
+        """Return float32 [*shape], standard normal; `samples` as in `uniform`."""
+        return self._draw("philox_normal", normal_twin, torch.float32, site, shape, device, samples)
 
     def permutation(self, site: int, count: int, device: torch.device | str = "cpu") -> Tensor:
         """Return int64 [count]: the numbers 0 .. count - 1 in random order."""
@@ -121,7 +139,16 @@ class Draws:
         site: int,
         shape: Sequence[int],
         device: torch.device | str,
+        samples: int | None = None,
     ) -> Tensor:
+        if self.part is not None and samples is not None:
+            first, whole = self.part
+            count, sizes = shape[samples], list(shape)
+            sizes[samples] = whole
+            if not 0 <= first <= first + count <= whole:
+                raise ValueError(f"part {self.part}: expected room for {count} samples")
+            drawn = self.at(part=None)._draw(fill, twin, dtype, site, sizes, device)
+            return drawn.narrow(samples, first, count).contiguous()
         _check_range("site", site, 32)
         count, where = math.prod(shape), torch.device(device)
         if not 0 <= count <= _LARGEST_COUNT:

@@ -7,12 +7,14 @@ python -m rdarts_fast.retrain runs/s4-digits-seed0 --preset 20x16
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rdarts_fast import config, config_sources, training
 from rdarts_fast.config import RetrainConfig
@@ -21,6 +23,7 @@ from rdarts_fast.errors import UserError, exit_on_user_error
 from rdarts_fast.events import Events
 from rdarts_fast.genotype import Genotype, read_genotype
 from rdarts_fast.networks import Network
+from rdarts_fast.ranks import Bystander, Part, Ranks, joined
 from rdarts_fast.run_dir import RESULT, Run, RunDir
 from rdarts_fast.tasks.classification import Classification
 
@@ -104,26 +107,79 @@ def find_genotype(settings: RetrainConfig) -> Genotype:
 
 def retrain(settings: RetrainConfig) -> Run:
     """Train one genotype from scratch."""
-    with training.prepared(settings) as device:
-        return _retrain(settings, device)
+    with (
+        joined(settings.device) as (ranks, device_name),
+        training.prepared(replace(settings, device=device_name)) as device,
+    ):
+        return _retrain(settings, device, ranks)
 
 
-def _retrain(settings: RetrainConfig, device: torch.device) -> Run:
+def _retrain(settings: RetrainConfig, device: torch.device, ranks: Ranks) -> Run:
     genotype = find_genotype(settings)
     task = Classification.load(settings, device)
     state = RetrainState.start(settings, task.network(settings, genotype).to(device))
-    where = training.environment(device, settings, task.fingerprint())
-    source = Path(settings.source).resolve()
-    name = f"retrain-{source.name if source.is_dir() else source.stem}"
-    files = {"genotype.json": genotype.to_json()}
+    if settings.compile:
+        state.network.compile()
+    where = training.environment(device, settings, task.fingerprint(), ranks.count)
     with (
-        training.open_run(settings, where, name, "retraining", state, files) as run,
+        open_on_ranks(settings, ranks, where, genotype, state) as run,
         training.Stop().watching() as stop,
     ):
         announce(settings, where, task, state, run)
-        with training.event_writer(settings, run, state.epoch) as events:
-            loop(settings, task, state, run, stop, events)
-        return finish(settings, state, run)
+        model = ranks.wrapped(state.network, device)
+        with training.event_writer(settings, run, state.epoch, ranks.first) as events:
+            loop(settings, task, Model(model, settings, ranks), state, run, stop, events)
+        if ranks.first:
+            finish(settings, state, run)
+        ranks.from_first(None)  # the others wait for its result.json
+        return Run.read(run.folder)
+
+
+@contextmanager
+def open_on_ranks(
+    settings: RetrainConfig,
+    ranks: Ranks,
+    where: dict[str, Any],
+    genotype: Genotype,
+    state: RetrainState,
+) -> Iterator[RunDir]:
+    """Yield the run's folder, which the first rank alone writes, with its state on all ranks."""
+    source = Path(settings.source).resolve()
+    name = f"retrain-{source.name if source.is_dir() else source.stem}"
+    files = {"genotype.json": genotype.to_json()}
+    if ranks.first:
+        with training.open_run(settings, where, name, "retraining", state, files) as run:
+            ranks.from_first({"folder": str(run.folder), "state": state.to_checkpoint()})
+            yield run
+        return
+    sent = ranks.from_first(None)
+    state.from_checkpoint(sent["state"])
+    state.sums = training.Sums()  # the first has them all
+    yield Bystander(Path(sent["folder"]))
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network as the settings want it computed, on this rank's part of each batch."""
+
+    network: nn.Module  # a Network, or what averages its gradients over the ranks
+    settings: RetrainConfig
+    ranks: Ranks
+
+    def __call__(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor | None]:
+        """Return logits and auxiliary logits (None where there are none), float32."""
+        if self.settings.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast(self.settings, images.device):
+            outputs = self.network(images, draws)
+        logits, auxiliary = outputs if isinstance(outputs, tuple) else (outputs, None)
+        return logits.float(), None if auxiliary is None else auxiliary.float()
+
+
+def autocast(settings: RetrainConfig, device: torch.device) -> torch.autocast:
+    """Return the context that the network is computed in."""
+    low = settings.precision == "bf16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
 
 
 @dataclass
@@ -142,6 +198,8 @@ class RetrainState:
     @classmethod
     def start(cls, settings: RetrainConfig, network: Network) -> RetrainState:
         """Return the state before the first step."""
+        if settings.channels_last:
+            network.to(memory_format=torch.channels_last)
         return cls(network, training.sgd(network.parameters(), settings))
 
     def to_checkpoint(self) -> dict[str, Any]:
@@ -170,6 +228,7 @@ class RetrainState:
 def loop(
     settings: RetrainConfig,
     task: Classification,
+    model: Model,
     state: RetrainState,
     run: RunDir,
     stop: training.Stop,
@@ -192,37 +251,45 @@ def loop(
         state.network.train()
         for rows in training.progress(batches, state.step, f"epoch {epoch}"):
             step = draws.at(step=epoch * len(batches) + state.step)
-            images, labels = task.training_batch(rows, step, settings.cutout_prob)
-            train_step(settings, task, state, images, labels, step, run)
+            train_step(settings, task, model, state, model.ranks.part(rows, step), run)
 
             state.step += 1
-            if stop.asked or clock.due():
+            stopping, due = model.ranks.any(stop.asked, clock.due())
+            if stopping or due:
                 state.seconds = time.monotonic() - started
+                gather(state, model.ranks)
                 run.save_checkpoint(state.to_checkpoint())
                 clock.reset()
-            if stop.asked:
+            if stopping:
                 raise training.Interrupted(training.resume_command("retrain", run.folder))
-        end_epoch(settings, task, state, run, events, rate, started)
+        gather(state, model.ranks)
+        end_epoch(settings, task, model, state, run, events, rate, started)
         clock.reset()
+
+
+def gather(state: RetrainState, ranks: Ranks) -> None:
+    """Let the first rank have the sums of all, and the others begin anew."""
+    total = ranks.total(state.sums.values)
+    state.sums = training.Sums(total if ranks.first else {name: 0.0 for name in total})
 
 
 def train_step(
     settings: RetrainConfig,
     task: Classification,
+    model: Model,
     state: RetrainState,
-    images: Tensor,
-    labels: Tensor,
-    draws: Draws,
+    part: Part,
     run: RunDir,
 ) -> None:
     """One step of SGD on the cross-entropy, the auxiliary head's added under its weight."""
-    outputs = state.network(images, draws)
-    logits, auxiliary = outputs if isinstance(outputs, tuple) else (outputs, None)
+    images, labels = task.training_batch(part.rows, part.draws, settings.cutout_prob)
+    logits, auxiliary = model(images, part.draws)
     loss = task.loss(logits, labels)
-    state.sums.add(float(loss.detach()), logits, labels)
+    if part.weight > 0.0:
+        state.sums.add(float(loss.detach()), logits, labels)
     if auxiliary is not None:
         loss = loss + settings.auxiliary_weight * task.loss(auxiliary, labels)
-    training.descend(loss, state.network, state.optimizer, settings, state, run)
+    training.descend(part.weight * loss, state.network, state.optimizer, settings, state, run)
 
 
 def tested_on(settings: RetrainConfig) -> str:
@@ -231,24 +298,29 @@ def tested_on(settings: RetrainConfig) -> str:
 
 
 @torch.no_grad()
-def test(settings: RetrainConfig, task: Classification, state: RetrainState) -> training.Sums:
+def test(
+    settings: RetrainConfig, task: Classification, model: Model, state: RetrainState
+) -> training.Sums:
     """Return loss and accuracy on the test images, or on the held-out half of the training
-    images.
+    images; each rank computes its share of the batches.
     """
     sums, draws = training.Sums(), Draws(settings.seed)
     batches = task.validation_batches() if settings.holdout else task.test_batches()
     state.network.eval()
-    for b, rows in enumerate(batches):
+    here = replace(model, network=state.network)  # without a word to the other ranks
+    for b in range(model.ranks.rank, len(batches), model.ranks.count):
+        rows = batches[b]
         images, labels = task.holdout_batch(rows) if settings.holdout else task.test_batch(rows)
-        logits = state.network(images, draws.at(step=b, pass_index=training.EVALUATION_PASS))
+        logits, _ = here(images, draws.at(step=b, pass_index=training.EVALUATION_PASS))
         sums.add(float(task.loss(logits, labels)), logits, labels)
     state.network.train()
-    return sums
+    return training.Sums(model.ranks.total(sums.values))
 
 
 def end_epoch(
     settings: RetrainConfig,
     task: Classification,
+    model: Model,
     state: RetrainState,
     run: RunDir,
     events: Events,
@@ -256,14 +328,14 @@ def end_epoch(
     started: float,
 ) -> None:
     """Test, write the epoch's line, then the checkpoints, and print a line."""
-    tested, on = test(settings, task, state), tested_on(settings)
+    tested, on = test(settings, task, model, state), tested_on(settings)
     error = 1.0 - tested.accuracy
     record = {
         "epoch": state.epoch,
         "learning_rate": rate,
         "drop_path_prob": state.network.drop_path_prob,
-        "train_loss": state.sums.loss,
-        "train_accuracy": state.sums.accuracy,
+        "train_loss": state.sums.loss if model.ranks.first else 0.0,
+        "train_accuracy": state.sums.accuracy if model.ranks.first else 0.0,
         f"{on}_loss": tested.loss,
         f"{on}_error": error,
         "seconds": round(time.monotonic() - started, 3),
@@ -309,11 +381,15 @@ def announce(
     if settings.preset == "default" and config.has_own_defaults(RetrainConfig, settings.data):
         smaller = f"these are the smaller defaults of {images.name}"
         print(f"{smaller}; --preset paper, 20x16 and 20x36 are the published ones")
-    print(f"device {where['device']}, float32, {where['threads']} threads")
+    ways = [where["precision"], f"{where['threads']} threads"]
+    ways += ["channels_last"] if settings.channels_last else []
+    ways += ["compiled"] if settings.compile else []
+    ways += [f"{where['ranks']} processes"] if where["ranks"] > 1 else []
+    print(f"device {where['device']}, {', '.join(ways)}")
     print(f"run folder: {run.folder}", flush=True)
 
 
-def finish(settings: RetrainConfig, state: RetrainState, run: RunDir) -> Run:
+def finish(settings: RetrainConfig, state: RetrainState, run: RunDir) -> None:
     """Write result.json and print the error."""
     metrics, on = Run.read(run.folder).metrics, tested_on(settings)
     last = metrics[-1][f"{on}_error"]
@@ -328,7 +404,6 @@ def finish(settings: RetrainConfig, state: RetrainState, run: RunDir) -> Run:
     name = "validation" if settings.holdout else "test"
     print(f"\n{name} error after the last epoch: {last:.2%} {best}")
     print(f"run folder: {run.folder}", flush=True)
-    return Run.read(run.folder)
 
 
 @exit_on_user_error

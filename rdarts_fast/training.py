@@ -76,7 +76,9 @@ def select_device(name: str) -> torch.device:
     return device
 
 
-def environment(device: torch.device, config: RunConfig, data: str) -> dict[str, Any]:
+def environment(
+    device: torch.device, config: RunConfig, data: str, ranks: int = 1
+) -> dict[str, Any]:
     """Return what environment.json holds, `data` being the images' checksum: everything beside the
     settings that a run's bits can depend on.
     """
@@ -95,7 +97,8 @@ def environment(device: torch.device, config: RunConfig, data: str) -> dict[str,
         "gpu": gpu,
         "threads": torch.get_num_threads(),
         "backend": getattr(config, "backend", "torch"),
-        "precision": "float32",
+        "precision": getattr(config, "precision", "float32"),
+        "ranks": ranks,
         "data": data,
         "seed": config.seed,
     }
@@ -332,9 +335,12 @@ def _resume(run: RunDir, environment: dict[str, Any], kind: str, state: State) -
 
 
 @contextmanager
-def event_writer(config: RunConfig, run: RunDir, first_epoch: int) -> Iterator[Events]:
+def event_writer(
+    config: RunConfig, run: RunDir, first_epoch: int, wanted: bool = True
+) -> Iterator[Events]:
     """Yield where the epochs' records go beside metrics.jsonl, from `first_epoch` on."""
-    events = TensorBoardEvents(run.folder, first_epoch) if config.tensorboard else Events()
+    tensorboard = config.tensorboard and wanted
+    events = TensorBoardEvents(run.folder, first_epoch) if tensorboard else Events()
     try:
         yield events
     finally:

@@ -30,7 +30,7 @@ FLOORS = [
     ],
     ["genotype", "regularisation", "config_sources"],
     ["networks", "run_dir", "oracle"],
-    ["tasks", "training", "tracking", "fleet", "tables"],
+    ["tasks", "training", "tracking", "fleet", "tables", "ranks"],
     ["search_state", "evaluation", "protocol"],
     ["rollback"],
     ["search", "random_search", "retrain", "analysis"],

@@ -136,10 +136,10 @@ CUT = """
 import os, signal
 from rdarts_fast import retrain
 step = retrain.train_step
-def killed(settings, task, state, *rest):
+def killed(settings, task, model, state, *rest):
     if (state.epoch, state.step) == (2, 1):
         os.kill(os.getpid(), signal.SIGKILL)
-    step(settings, task, state, *rest)
+    step(settings, task, model, state, *rest)
 retrain.train_step = killed
 retrain.main()
 """

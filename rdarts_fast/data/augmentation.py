@@ -78,7 +78,7 @@ def augment(
     cropped = _crop_and_flip(images, augmentation, draws, stream)
     normal = normalize(cropped, augmentation)
     if cutout_probability > 0 and augmentation.cutout_length > 0:
-        uniform = draws.uniform(SITE_CUTOUT + stream, (images.shape[0], 3), images.device)
+        uniform = draws.uniform(SITE_CUTOUT + stream, (images.shape[0], 3), images.device, 0)
         normal.mul_(_cutout_mask(images, augmentation.cutout_length, uniform, cutout_probability))
     return normal
 
@@ -108,11 +108,11 @@ def _crop_and_flip(images: Tensor, augmentation: Augmentation, draws: Draws, str
     if batch == 0 or (augmentation.pad == 0 and not augmentation.flip):
         return images
     device, pad = images.device, augmentation.pad
-    window = _below(2 * pad + 1, draws.uniform(SITE_CROP + stream, (batch, 2), device))
+    window = _below(2 * pad + 1, draws.uniform(SITE_CROP + stream, (batch, 2), device, 0))
     down, across = window.view(batch, 2, 1, 1).unbind(1)  # [B, 1, 1] each
     sources, first = images, torch.arange(batch, device=device).view(batch, 1, 1)
     if augmentation.flip:
-        flipped = draws.uniform(SITE_FLIP + stream, (batch,), device).view(batch, 1, 1) < 0.5
+        flipped = draws.uniform(SITE_FLIP + stream, (batch,), device, 0).view(batch, 1, 1) < 0.5
         # The window of a mirrored image is the mirrored window on the other side of the image.
         sources = torch.cat((images, images.flip(-1)))
         first = first + flipped * batch

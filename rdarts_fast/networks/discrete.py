@@ -4,11 +4,15 @@ NetworkCIFAR).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdarts_fast.draws import SITE_NETWORK, Draws
+from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype
 from rdarts_fast.networks.operations import (
     OPERATIONS,
@@ -54,11 +58,16 @@ class DiscreteCell(nn.Module):
                 operation.site = site + 1 + e
             self.operations.append(operation)
 
-    def forward(self, s0: Tensor, s1: Tensor, draws: Draws, drop_path: float) -> Tensor:
+    def factors(self, images: Tensor, draws: Draws, drop_path: float) -> Tensor | None:
+        """Return drop path's factors of a batch, [E, N]; None where there are none."""
+        if drop_path == 0.0 or not self.training:
+            return None
+        return drop_path_factors(draws, self.site, len(self.operations), images, drop_path)
+
+    def forward(
+        self, s0: Tensor, s1: Tensor, draws: Draws | None, factors: Tensor | None
+    ) -> Tensor:
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        factors = None
-        if drop_path > 0.0 and self.training:
-            factors = drop_path_factors(draws, self.site, len(self.operations), s0, drop_path)
         e = 0
         for sources in self.sources:
             terms = []
@@ -66,7 +75,7 @@ class DiscreteCell(nn.Module):
                 operation = self.operations[e]
                 term = apply(operation, states[source], draws)
                 if factors is not None and not isinstance(operation, nn.Identity):
-                    term = term * factors[e].view(-1, 1, 1, 1)
+                    term = term * factors[e].view(-1, 1, 1, 1).to(term.dtype)
                 terms.append(term)
                 e += 1
             states.append(sum(terms[1:], terms[0]))
@@ -145,10 +154,32 @@ class Network(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         if draws is None:
             draws = Draws(seed=int(torch.randint(2**62, ())))
+        factors = [cell.factors(images, draws, self.drop_path_prob) for cell in self._cells()]
+        return self._compute(images, draws if self.draws_noise else None, factors)
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether an operation of the genotype is noise."""
+        return any(isinstance(module, Noise) for module in self.modules())
+
+    def compile(self, *given: Any, **more: Any) -> None:
+        """Let torch.compile take all but the draws, from now on. Raises UserError for a genotype
+        with noise, which draws inside.
+        """
+        if self.draws_noise:
+            raise UserError("--compile: the genotype has noise, which cannot be compiled")
+        self._compute = torch.compile(self._compute, *given, **more)  # type: ignore[method-assign]
+
+    def _cells(self) -> list[DiscreteCell]:
+        return [cell for cell in self.cells if isinstance(cell, DiscreteCell)]
+
+    def _compute(
+        self, images: Tensor, draws: Draws | None, factors: Sequence[Tensor | None]
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         s0 = s1 = self.stem(images)
         auxiliary = None
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, draws, self.drop_path_prob)
+            s0, s1 = s1, cell(s0, s1, draws, factors[i])
             if self.training and self.auxiliary is not None and i == self.auxiliary_at:
                 fits = min(s1.shape[2:]) >= AUXILIARY_SMALLEST
                 auxiliary = self.auxiliary(s1) if fits else None

@@ -47,7 +47,7 @@ class Noise(nn.Module):
 
     def forward(self, x: Tensor, draws: Draws) -> Tensor:
         n, c, h, w = x[:, :, :: self.stride, :: self.stride].shape
-        return draws.normal(self.site, (n, c, h, w), x.device).to(x.dtype)
+        return draws.normal(self.site, (n, c, h, w), x.device, 0).to(x.dtype)
 
 
 class FactorizedReduce(nn.Module):
@@ -179,7 +179,7 @@ def stem(image_channels: int, channels: int) -> nn.Module:
     )
 
 
-def apply(operation: nn.Module, x: Tensor, draws: Draws) -> Tensor:
+def apply(operation: nn.Module, x: Tensor, draws: Draws | None) -> Tensor:
     """Return operation(x); a noise operation also gets the draws."""
     result: Tensor = operation(x, draws) if isinstance(operation, Noise) else operation(x)
     return result
@@ -194,5 +194,5 @@ def drop_path_factors(
     One factor an edge and sample, on the device and in the dtype of `images`.
     """
     keep = 1.0 - probability
-    uniform = draws.uniform(site, (edges, images.shape[0]), images.device)
+    uniform = draws.uniform(site, (edges, images.shape[0]), images.device, 1)
     return (uniform < keep).to(images.dtype) / keep

@@ -1,0 +1,152 @@
+"""One training on several processes, as torchrun starts them: which part of a batch is mine, and
+what all have to agree on.
+
+A process alone is rank 0 of 1, and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from rdarts_fast.draws import Draws
+from rdarts_fast.errors import UserError
+from rdarts_fast.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's part of a batch: its rows, how to draw for them, and what its mean loss counts for
+    in the mean over ranks: that is then the mean over the batch.
+    """
+
+    rows: Tensor
+    draws: Draws
+    weight: float
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the run's folder, and prints."""
+        return self.rank == 0
+
+    def part(self, rows: Tensor, draws: Draws) -> Part:
+        """Return this rank's rows of a batch [N], as many as the others' or one more.
+
+        A rank that a small batch leaves without any gets the first, at weight 0.
+        """
+        if self.count == 1:
+            return Part(rows, draws, 1.0)
+        total = len(rows)
+        bounds = [total * r // self.count for r in (self.rank, self.rank + 1)]
+        mine, weight = bounds[1] - bounds[0], (bounds[1] - bounds[0]) * self.count / total
+        if mine == 0:
+            bounds = [0, 1]
+        part = (bounds[0], total)
+        return Part(rows[bounds[0] : bounds[1]], draws.at(part=part), weight)
+
+    def wrapped(self, network: nn.Module, device: torch.device) -> nn.Module:
+        """Return the network, its gradients averaged over the ranks; all begin with the first's
+        weights.
+        """
+        if self.count == 1:
+            return network
+        devices = [device] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(network, device_ids=devices)
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Return of each flag whether it is set on any rank."""
+        if self.count == 1:
+            return list(flags)
+        found = self._reduced([float(flag) for flag in flags])
+        return [value > 0.0 for value in found]
+
+    def total(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the sums over the ranks."""
+        if self.count == 1:
+            return dict(values)
+        return dict(zip(values, self._reduced(list(values.values())), strict=True))
+
+    def from_first(self, value: Any) -> Any:
+        """Return the first rank's value: what a checkpoint may hold."""
+        if self.count == 1:
+            return value
+        box = [value if self.first else None]
+        torch.distributed.broadcast_object_list(box, src=0, device=_device())
+        return box[0]
+
+    def _reduced(self, values: list[float]) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=_device())
+        torch.distributed.all_reduce(tensor)
+        found: list[float] = tensor.tolist()
+        return found
+
+
+@contextmanager
+def joined(device: str) -> Iterator[tuple[Ranks, str]]:
+    """Yield this process's place among those of torchrun, and its device's name; alone, `device`.
+
+    Raises UserError where there are more processes than GPUs.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 or "RANK" not in os.environ:
+        yield Ranks(), device
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(
+            f"torchrun started process {local} on a machine with {torch.cuda.device_count()} GPUs: "
+            "lower --nproc-per-node, or give --device cpu"
+        )
+    if cuda:
+        torch.cuda.set_device(local)
+    elif device not in ("auto", "cpu"):
+        raise UserError(f"--device {device}: torchrun needs auto, cuda or cpu")
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    try:
+        with contextlib.ExitStack() as stack:
+            if rank > 0:
+                silence = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(silence))
+            yield Ranks(rank, count), f"cuda:{local}" if cuda else "cpu"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _device() -> torch.device:
+    """Return where the backend wants its tensors."""
+    nccl = torch.distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+class Bystander(RunDir):
+    """In place of the run's folder on the ranks that do not write it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder  # without a lock: it is the first rank's
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def save_checkpoint(self, state: Mapping[str, Any], name: str = "last") -> None:
+        """Nothing."""
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Nothing."""
