@@ -5,35 +5,29 @@ from __future__ import annotations
 import math
 import os
 import re
-import resource
-import secrets
-import signal
 import socket
 import sys
 import sysconfig
-import tempfile
-import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rdarts_fast.config import flag
 from rdarts_fast.errors import UserError
+from rdarts_fast.ray_session import connected_ray
 
 FLEETS = Literal["local", "ray"]
 _POLL_SECONDS = 1.0  # how soon a node that has joined is used
 _PATIENCE_SECONDS = 120.0  # how long runs may take to stop by themselves
-_OBJECT_STORE_BYTES = 80 * 2**20  # close to Ray's least: what goes through it are lines of text
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run, as whoever starts it sees it. On Ray all but the name and the folder is pickled."""
+    """A run, as whoever starts it sees it; on Ray it is pickled."""
 
     name: str  # shown in progress; no two jobs of a fleet have the same
     folder: Path  # where the run lies; what it prints in a worker goes to <folder>.log beside it
@@ -168,12 +162,8 @@ class _Progress:
         seconds = time.monotonic() - self._since.get(job.name, time.monotonic())
         self._running.discard(job.name)
         self._outcomes[job.name] = Outcome(job, error, retries)
-        how = (
-            f"failed after {_duration(seconds)}: {error}"
-            if error
-            else f"done in {_duration(seconds)}"
-        )
-        self._tell(f"{job.name} {how}")
+        how, reason = ("done in", "") if error is None else ("failed after", f": {error}")
+        self._tell(f"{job.name} {how} {_duration(seconds)}{reason}")
 
     def outcomes(self) -> list[Outcome]:
         """Return how each job ended, after telling which failed."""
@@ -217,7 +207,7 @@ def _duration(seconds: float) -> str:
 
 
 def _run_on_ray(jobs: Sequence[Job], config: FleetConfig, progress: _Progress) -> None:
-    with _connected(config) as ray:
+    with connected_ray(config.ray_address, config.ray_cpus) as ray:
         _check_room(ray, config)
         # A process for each run: what one leaves behind (memory, threads, a broken GPU context) is
         # no other's. Ray's own retries are off: it does not tell how many there were.
@@ -324,95 +314,3 @@ def _source_folders() -> list[str]:
     installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
     folders = [Path(entry or ".").resolve() for entry in sys.path]
     return [str(f) for f in folders if f.is_dir() and not installed & {f, *f.parents}]
-
-
-# Starting and finding Ray
-
-
-@contextmanager
-def _imported() -> Iterator[Any]:
-    """Yield Ray's module, and put back in the end what Ray changes in this process: environment
-    variables, the handler of SIGTERM, the limit of open files. Raises UserError without the extra.
-    """
-    variables, files = dict(os.environ), resource.getrlimit(resource.RLIMIT_NOFILE)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--fleet ray needs the extra: pip install 'rdarts-fast[ray]'") from error
-    try:
-        yield ray
-    finally:
-        for name in set(os.environ) - set(variables):
-            del os.environ[name]
-        os.environ.update(variables)
-        resource.setrlimit(resource.RLIMIT_NOFILE, files)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-        _read_authentication(ray)
-
-
-@contextmanager
-def _connected(config: FleetConfig) -> Iterator[Any]:
-    """Yield Ray's module, connected: to what this process was connected to before, to the address,
-    or to a Ray of our own that ends with the block.
-    """
-    with _imported() as ray, ExitStack() as stack:
-        if ray.is_initialized():
-            if config.ray_address is not None:
-                raise UserError("--ray-address: this process is connected to a Ray already")
-        elif config.ray_address is not None:
-            stack.callback(ray.shutdown)
-            _connect(ray, config.ray_address)
-        else:
-            place = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
-            scratch = stack.enter_context(place)
-            stack.callback(ray.shutdown)
-            _start(ray, config, scratch)
-        yield ray
-
-
-def _connect(ray: Any, address: str) -> None:
-    try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise UserError(f"--ray-address {address}: {_line(error)}") from error
-
-
-def _start(ray: Any, config: FleetConfig, scratch: str) -> None:
-    """Start a Ray that only this user on this machine can talk to. `scratch` is for its files:
-    left in Ray's usual place, other programs would find and use this Ray.
-    """
-    constants = ray._private.ray_constants
-    before = constants.ENABLE_RAY_CLUSTER
-    token = secrets.token_hex(32)  # Ray's own would stay in the home folder
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    # Workers that it starts before there is work do not fit ours.
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"}
-    _read_authentication(ray)
-    try:
-        # Otherwise Ray takes 127.0.0.1 for "find out this machine's address", and listens on all.
-        constants.ENABLE_RAY_CLUSTER = False
-        ray.init(
-            "local",
-            num_cpus=config.ray_cpus or len(os.sched_getaffinity(0)),
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-            _temp_dir=scratch,
-        )
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise UserError(f"Ray did not start: {_line(error)}") from error
-    finally:
-        constants.ENABLE_RAY_CLUSTER = before
-    address = ray.util.get_node_ip_address()
-    if address != "127.0.0.1":
-        raise UserError(f"Ray {ray.__version__} listens on {address}: use another version of it")
-
-
-def _read_authentication(ray: Any) -> None:
-    """Let Ray read again what it reads once, when it is imported."""
-    ray._raylet.Config.initialize("")
-    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()

@@ -1,9 +1,12 @@
 """Many runs, here and on a real Ray: what becomes of each, and what Ray leaves behind."""
 
+import contextlib
 import dataclasses
+import io
 import ipaddress
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +21,7 @@ import pytest
 from rdarts_fast import fleet
 from rdarts_fast.errors import UserError
 from rdarts_fast.fleet import FleetConfig, Job, Outcome, log_of, run_jobs
+from rdarts_fast.ray_session import connected_ray
 
 RAY = FleetConfig(fleet="ray", ray_cpus=2, retries=1)
 REPOSITORY = Path(__file__).parents[1]
@@ -233,6 +237,7 @@ class Session:
     root: Path
     outcomes: dict[str, Outcome]
     lines: list[str]
+    printed: str  # by anything but the fleet itself
     listening: dict[str, set[str]]  # while it ran: a process's name, the addresses
     changed: dict[str, tuple[object, object]]  # what it left otherwise than it was
     left: list[str]  # processes and files
@@ -243,9 +248,9 @@ def session(tmp_path_factory) -> Iterator[Session]:
     pytest.importorskip("ray")
     root = tmp_path_factory.mktemp("fleet")
     calls = {
-        "works": works,
-        "killed-once": is_killed_once,
         "killed": is_killed,
+        "killed-once": is_killed_once,
+        "works": works,
         "fails": fails,
     }
     jobs = [job(root, name, call) for name, call in calls.items()]
@@ -263,13 +268,15 @@ def session(tmp_path_factory) -> Iterator[Session]:
         patch.setenv("HOME", str(root / "home"))
         patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # the user's, which is not for this Ray
         before = surroundings()
-        outcomes = run_jobs(jobs, RAY, report)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            outcomes = run_jobs(jobs, RAY, report)
         after = surroundings()
     changed = {k: (v, after[k]) for k, v in before.items() if v != after[k]}
     left = [*(name for _, name in descendants()), *map(str, scratch.iterdir())]
     left += [str(path) for path in root.glob("home/**/*")]
     scratch.rmdir()
-    yield Session(root, {o.job.name: o for o in outcomes}, lines, listening, changed, left)
+    by_name = {outcome.job.name: outcome for outcome in outcomes}
+    yield Session(root, by_name, lines, printed.getvalue(), listening, changed, left)
 
 
 def surroundings() -> dict[str, object]:
@@ -346,6 +353,10 @@ def test_a_run_whose_worker_was_killed_is_started_again(session) -> None:
     assert sum(again in line for line in session.lines) == 1
 
 
+def test_ray_does_not_print_into_the_progress(session) -> None:
+    assert session.printed == ""
+
+
 def test_a_run_that_always_dies_is_reported_after_its_retries(session) -> None:
     outcome = session.outcomes["killed"]
     log = session.root / "killed.log"
@@ -383,15 +394,24 @@ def test_ray_leaves_nothing_behind(session) -> None:
     assert session.left == []
 
 
+def test_an_address_where_there_is_no_ray(tmp_path) -> None:
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(UserError, match=f"--ray-address {address}: ConnectionRefusedError"):
+        run_jobs([job(tmp_path, "a", works)], FleetConfig(fleet="ray", ray_address=address))
+
+
 @pytest.fixture(scope="module")
 def connected() -> Iterator[Any]:
     """A Ray that this process is connected to before any fleet."""
     pytest.importorskip("ray")
-    with fleet._connected(RAY) as ray:
+    with connected_ray(address=None, cpus=2) as ray:
         yield ray
 
 
-def test_an_interrupt_lets_runs_write_their_checkpoints(connected, tmp_path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_lets_runs_write_their_checkpoints(connected, tmp_path, number) -> None:
     first = job(tmp_path, "first", stops_when_asked)
     second = job(tmp_path, "second", follows, first.folder / "begun")
     third = job(tmp_path, "third", works)
@@ -400,7 +420,7 @@ def test_an_interrupt_lets_runs_write_their_checkpoints(connected, tmp_path) -> 
     def report(line: str) -> None:
         lines.append(line)
         if "second done" in line:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
 
     with pytest.raises(KeyboardInterrupt):
         run_jobs([first, second, third], FleetConfig(fleet="ray"), report)
@@ -446,7 +466,7 @@ print(test_fleet.errors(run_jobs([test_fleet.job(root, "a", test_fleet.works)], 
 
 def test_a_ray_with_an_address_is_used_and_left_running(connected, tmp_path) -> None:
     address = connected.get_runtime_context().gcs_address
-    with pytest.raises(UserError, match="--ray-address: this process is connected to a Ray"):
+    with pytest.raises(UserError, match="this process is connected to a Ray already"):
         run_jobs([job(tmp_path, "a", works)], FleetConfig(fleet="ray", ray_address=address))
     # Without the variable Ray looks for a Ray on 127.0.0.1 at the machine's other address.
     environment = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}

@@ -27,6 +27,7 @@ FLOORS = [
         "plots",
         "published",
         "events",
+        "ray_session",
     ],
     ["genotype", "regularisation", "config_sources"],
     ["networks", "run_dir", "oracle"],
