@@ -1,107 +1,110 @@
-"""The Hessian over the alphas, ours against differentiating twice, a row at a time.
+"""The Hessian over the alphas and its largest eigenvalue, ours against others' ways.
 
     python -m bench.curvature --spaces s2                                  # a table
     python -m bench.curvature --json > bench/results/curvature.json
 
-First it checks on a small network in float64 that both are the same. Baseline "row loop" is what
-the published code does, on the reference network in the memory format that is faster: one gradient
-with its graph, then a backward pass through that for each row. Of the rows, 3 of the normal cells'
-alphas and 3 of the reduction cells' are timed, and multiplied (the note says so). Peak memory of
-ours and of one row is that of a fresh process.
+First it checks on a small network in float64 that all give the same Hessian. The baselines (see
+curvature_baselines.py) compute on the reference network, in the memory format that is faster; what
+they would take for all of the Hessian is extrapolated from a few rows or products (the note says
+so). Peak memory, of a baseline that of one row or product, is that of a fresh process.
+
+lambda_max is that of a network trained on digits for --train-steps. Where ours is "dense" it comes
+with the whole Hessian, and no start vector makes a difference; else the time is the median of 20
+starts. The row loop needs the whole Hessian too. The other baselines need the products of Lanczos:
+where one takes less than a second our Lanczos runs on them, else one is timed and multiplied by how
+many our Hessian takes (the median of 20 starts).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from bench.contenders import MEMORY_FORMATS, OURS, SIZES, Setup, add_sizes, network, setups_of
+from bench.contenders import OURS, SIZES, Setup, add_sizes, setups_of
+from bench.curvature_baselines import BASELINES, KeptDraws, Loss, Start, trained
 from bench.rows import HEADER, Row, show
-from bench.timing import Times, in_turn, once_ms, peak_mb
-from rdarts_fast.curvature import HessianOperator, hessian, softmax_null_space, top_eigenvalue
-from rdarts_fast.draws import Draws
-from rdarts_fast.errors import exit_on_user_error, unknown
-from rdarts_fast.networks import softmax_weights
+from bench.timing import Call, Times, in_turn, once_ms, peak_mb
+from rdarts_fast.errors import UserError, exit_on_user_error, unknown
 from rdarts_fast.spaces import CELL_TYPES, SPACES
 
 BENCH = "curvature"
-BASELINE = "row loop"
 CASES = ("hessian", "lambda_max")
+ROW_LOOP = "row loop"
 FORMATS = ("eager", "channels_last")
 ROWS = 3  # timed of each cell type
+PRODUCTS = 3  # timed
+STARTS = 20  # of Lanczos
+SHORT_MS = 1e3  # a product that takes less is repeated as often as Lanczos wants it
+VECTORS = 3  # that the check multiplies
 TOLERANCE = 1e-9  # of the check, relative to the largest number
 
 
-class Loss:
-    """A contender's validation loss on one batch, as a function of its alphas."""
+@dataclass(frozen=True)
+class Measured:
+    """What one contender takes for one case."""
 
-    def __init__(self, name: str, setup: Setup, dtype: torch.dtype = torch.float32) -> None:
-        self.supernet = network(name, setup).to(dtype)
-        images, self.labels = setup.images(0, MEMORY_FORMATS[name])
-        self.images = images.to(dtype)
-        self.alphas = self.supernet.initial_alphas(0)
-        for parameter in self.supernet.parameters():
-            parameter.requires_grad_(False)
-
-    def __call__(self) -> Tensor:
-        logits = self.supernet(self.images, softmax_weights(self.alphas), Draws(0))
-        return F.cross_entropy(logits, self.labels)
-
-    def gradient(self, *, create_graph: bool = False) -> list[Tensor]:
-        """Return the alphas' gradient."""
-        alphas = list(self.alphas.values())
-        return list(torch.autograd.grad(self(), alphas, create_graph=create_graph))
-
-    def hessian(self) -> Tensor:
-        """Return our Hessian."""
-        operator = self.supernet.hessian_operator(self.alphas, self.images, self.labels, Draws(0))
-        return hessian(operator)
-
-    def lambda_max(self) -> float:
-        """Return our largest eigenvalue."""
-        operator = self.supernet.hessian_operator(self.alphas, self.images, self.labels, Draws(0))
-        shapes = [(a.shape[0], a.shape[1]) for a in self.alphas.values()]
-        return top_eigenvalue(operator, null_space=softmax_null_space(shapes)).value
-
-    def row(self, gradient: list[Tensor], kind: int, entry: int) -> list[Tensor]:
-        """Return a row of the Hessian from a gradient with its graph."""
-        number = gradient[kind].reshape(-1)[entry]
-        alphas = list(self.alphas.values())
-        return list(torch.autograd.grad(number, alphas, retain_graph=True, materialize_grads=True))
+    times: Times
+    peak_mb: float
+    note: str
+    more: dict[str, Any] = field(default_factory=dict)
 
 
-def check(setup: Setup) -> None:
-    """Raise RuntimeError unless ours and the row loop agree on a small network of the space."""
+def check(setup: Setup, baselines: Sequence[str]) -> None:
+    """Raise RuntimeError unless the Hessian of ours and of the baselines do the same to random
+    vectors, on a small network of the space.
+    """
     small = replace(setup, batch=4, channels=2, layers=3, size=8)
     ours = Loss(OURS, small, torch.float64).hessian()
-    theirs = Loss(OURS, small, torch.float64)
-    theirs.supernet = small.supernet("reference").double()  # with our noise
-    expected = hessian(HessianOperator(theirs, list(theirs.alphas.values())))
-    error = float((ours - expected).abs().max() / expected.abs().max())
-    if not error < TOLERANCE:
-        raise RuntimeError(f"{setup.space}: the Hessians differ by {error:.1e}")
+    vectors = torch.randn(len(ours), VECTORS, generator=torch.Generator().manual_seed(0)).double()
+    for name in baselines:
+        theirs = Loss(OURS, small, torch.float64)
+        theirs.supernet = small.supernet("reference").double().requires_grad_(False)
+        theirs.draws = KeptDraws(0)  # our noise
+        expected = BASELINES[name](theirs) @ vectors
+        error = float((ours @ vectors - expected).abs().max() / expected.abs().max())
+        if not error < TOLERANCE:
+            raise RuntimeError(f"{setup.space}, {name}: the Hessians differ by {error:.1e}")
 
 
-def row_loop(setup: Setup) -> tuple[float, str]:
-    """Return how long all rows take in the faster format, in milliseconds, and how that was made
-    up.
-    """
-    device, found = torch.device(setup.device), []
-    for name in FORMATS:
-        loss = Loss(name, setup)
-        once_ms(loss.gradient, device)
-        found.append((once_ms(loss.gradient, device), name))
-    name = min(found)[1]
-    loss = Loss(name, setup)
+def of_ours(setup: Setup, start: Start | None, case: str, seconds: float) -> Measured:
+    """Return what ours takes."""
+    device, loss = torch.device(setup.device), Loss(OURS, setup, start=start)
+    (gradient,) = in_turn([loss.gradient], device, seconds=0.0)
+    more: dict[str, Any] = {}
+    if case == "hessian":
+        (times,), which = in_turn([loss.hessian], device, seconds=seconds, least=3), ""
+    else:
+        top, seeds = loss.top(), itertools.count()
+        dense = top.products == getattr(loss.operator(), "dense_products", None)
+        which = "dense, " if dense else f"median of {STARTS} starts, "
+        least = 3 if dense else STARTS
+        calls = [lambda: loss.top(next(seeds))]
+        (times,) = in_turn(calls, device, seconds=seconds, least=least)
+        more["lambda_max"] = float(f"{top.value:.5g}")
+    peak = peak_mb(functools.partial(_ours, setup, case), setup.device)
+    more["gradients"] = round(times.median / gradient.median, 1)
+    return Measured(times, peak, f"{which}{more['gradients']} of our gradients", more)
+
+
+def of_row_loop(setup: Setup, start: Start | None) -> Measured:
+    """Return what all rows take."""
+    name = faster(setup, lambda name: Loss(name, setup, start=start).gradient)
+    total, note = _time_rows(setup, start, name)
+    peak = peak_mb(functools.partial(_one_row, setup, name), setup.device)
+    return Measured(Times((total,)), peak, note)
+
+
+def _time_rows(setup: Setup, start: Start | None, name: str) -> tuple[float, str]:
+    """Return how long all rows take, in milliseconds, and how that was made up."""
+    device, loss = torch.device(setup.device), Loss(name, setup, start=start)
     started = time.perf_counter()
     gradient = loss.gradient(create_graph=True)
     total = 1e3 * (time.perf_counter() - started)
@@ -115,40 +118,104 @@ def row_loop(setup: Setup) -> tuple[float, str]:
         ]
         mean = statistics.mean(times)
         total += count * mean
-        parts.append(f"{count} x {mean / 1e3:.2f} s {CELL_TYPES[kind]}")
+        parts.append(f"{count} x {mean / 1e3:.3g} s {CELL_TYPES[kind]}")
     return total, f"{name}, extrapolated from {ROWS} + {ROWS} rows: {', '.join(parts)}"
 
 
-def _ours(setup: Setup, case: str) -> Callable[[], object]:
+def of_products(
+    baseline: str, setup: Setup, start: Start | None, needed: float, seconds: float
+) -> dict[str, Measured]:
+    """Return what a baseline takes for each case.
+
+    needed: products that Lanczos takes for lambda_max.
+    """
+    name = faster(setup, functools.partial(_one_product, baseline, setup, start=start))
+    found = _time_products(Loss(name, setup, start=start), baseline, needed, seconds)
+    peak = peak_mb(functools.partial(_one_product, baseline, setup, name), setup.device)
+    return {case: Measured(times, peak, f"{name}, {note}") for case, (times, note) in found.items()}
+
+
+def _time_products(
+    loss: Loss, baseline: str, needed: float, seconds: float
+) -> dict[str, tuple[Times, str]]:
+    """Return the times of each case, and how they were made up."""
+    operator = BASELINES[baseline](loss)
+    device, count, seeds = loss.images.device, operator.shape[0], itertools.count()
+    columns = torch.eye(count)[[count * k // PRODUCTS for k in range(PRODUCTS)]]
+    mean = statistics.mean(
+        once_ms(functools.partial(operator.__matmul__, column), device) for column in columns
+    )
+    each = f"x {mean / 1e3:.3g} s"
+    whole = f"extrapolated from {PRODUCTS} products: {count} {each}"
+    lanczos = Times((needed * mean,))
+    text = f"{needed:g} products of Lanczos, the median of {STARTS} starts: {needed:g} {each}"
+    if mean < SHORT_MS:
+        calls = [lambda: loss.top_of(operator, next(seeds))]
+        (lanczos,) = in_turn(calls, device, seconds=seconds, least=3, warm_up=0)
+        text = "Lanczos on its products"
+    return {"hessian": (Times((count * mean,)), whole), "lambda_max": (lanczos, text)}
+
+
+def faster(setup: Setup, prepare: Callable[[str], Call]) -> str:
+    """Return the memory format in which prepare(format)'s callable is faster, run once warm."""
+    device, found = torch.device(setup.device), []
+    for name in FORMATS:
+        call = prepare(name)
+        once_ms(call, device)
+        found.append((once_ms(call, device), name))
+    return min(found)[1]
+
+
+def products_needed(setup: Setup, start: Start | None) -> float:
+    """Return how many products Lanczos takes for our Hessian's lambda_max, a median."""
+    loss = Loss(OURS, setup, start=start)
+    matrix = loss.hessian()
+    return statistics.median(loss.top_of(matrix, seed).products for seed in range(STARTS))
+
+
+def _ours(setup: Setup, case: str) -> Call:
     loss = Loss(OURS, setup)
-    return loss.hessian if case == "hessian" else loss.lambda_max
+    return loss.hessian if case == "hessian" else loss.top
 
 
-def _one_row(setup: Setup) -> Callable[[], object]:
-    loss = Loss("channels_last", setup)
+def _one_row(setup: Setup, name: str) -> Call:
+    loss = Loss(name, setup)
     return lambda: loss.row(loss.gradient(create_graph=True), 0, 0)
+
+
+def _one_product(baseline: str, setup: Setup, name: str, start: Start | None = None) -> Call:
+    operator = BASELINES[baseline](Loss(name, setup, start=start))
+    return functools.partial(operator.__matmul__, torch.eye(operator.shape[0])[0])
 
 
 def compare(setup: Setup, parsed: argparse.Namespace) -> Iterator[Row]:
     """Yield the rows of one space."""
-    device = torch.device(setup.device)
-    total, note = row_loop(setup)
-    theirs_peak = peak_mb(functools.partial(_one_row, setup), setup.device)
-    loss = Loss(OURS, setup)
-    (gradient,) = in_turn([loss.gradient], device, seconds=0.0)
-    for case in parsed.cases:
-        (ours,) = in_turn([_ours(setup, case)], device, seconds=parsed.seconds, least=3)
-        peak = peak_mb(functools.partial(_ours, setup, case), setup.device)
-        more: dict[str, Any] = {name: getattr(setup, name) for name in SIZES}
-        more["gradients"] = round(ours.median / gradient.median, 1)
-        text = f"{more['gradients']} of our gradients; {note}"
-        times = Times((total,))
-        yield Row(BENCH, case, setup.space, BASELINE, ours, times, peak, theirs_peak, text, more)
+    start = trained(setup, parsed.train_steps)
+    ours = {case: of_ours(setup, start, case, parsed.seconds) for case in parsed.cases}
+    needed = products_needed(setup, start)
+    for name in parsed.baselines:
+        if name == ROW_LOOP:
+            theirs = dict.fromkeys(CASES, of_row_loop(setup, start))
+        else:
+            theirs = of_products(name, setup, start, needed, parsed.seconds)
+        for case in parsed.cases:
+            yield _row(setup, case, name, ours[case], theirs[case], parsed.train_steps, needed)
+
+
+def _row(
+    setup: Setup, case: str, name: str, ours: Measured, theirs: Measured, steps: int, needed: float
+) -> Row:
+    more: dict[str, Any] = {size: getattr(setup, size) for size in SIZES}
+    more |= {"train_steps": steps, **ours.more}
+    if case == "lambda_max":
+        more["lanczos_products"] = needed
+    peaks, note = (ours.peak_mb, theirs.peak_mb), f"{ours.note}; {theirs.note}"
+    return Row(BENCH, case, setup.space, name, ours.times, theirs.times, *peaks, note, more)
 
 
 @exit_on_user_error
 def main() -> None:
-    """Print a row for each space and case."""
+    """Print a row for each space, baseline and case."""
     parsed = _parse()
     setups = setups_of(parsed)
     device = torch.device(setups[0].device)
@@ -156,7 +223,7 @@ def main() -> None:
         print(f"batch {parsed.batch}, {device}, {torch.get_num_threads()} threads")
         print(HEADER, flush=True)
     for setup in setups:
-        check(setup)
+        check(setup, parsed.baselines)
         for row in compare(setup, parsed):
             show(row, device, parsed.json)
 
@@ -165,20 +232,29 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.curvature",
         description="Time the Hessian over the alphas and its largest eigenvalue, ours against a "
-        "row at a time, after a check that both are the same.",
+        "row at a time and products of torch.func and curvlinops, after a check that all are the "
+        "same.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     several = {"type": lambda text: text.split(","), "metavar": "A,B,..."}
     default = [space for space in SPACES if space != "darts"]  # not tried: 224 rows
     parser.add_argument("--spaces", default=default, help="search spaces", **several)
     parser.add_argument("--cases", default=list(CASES), help="what to time", **several)
+    parser.add_argument("--baselines", default=list(BASELINES), help="against what", **several)
     parser.add_argument("--json", action="store_true", help="one JSON object a line, not a table")
     add_sizes(parser)
+    parser.add_argument(
+        "--train-steps", type=int, default=50, help="on digits, before; 0: fresh, random images"
+    )
     parser.add_argument("--seconds", type=float, default=20.0, help="to time ours, at least thrice")
     parsed = parser.parse_args()
-    for word in parsed.cases:
-        if word not in CASES:
-            raise unknown("case", word, CASES)
+    known: Any
+    for name, known in (("cases", CASES), ("baselines", BASELINES)):
+        for word in getattr(parsed, name):
+            if word not in known:
+                raise unknown(name[:-1], word, known)
+    if parsed.train_steps < 0:
+        raise UserError(f"--train-steps: expected at least 0, got {parsed.train_steps}")
     return parsed
 
 

@@ -1,8 +1,10 @@
 """The benchmarks: the stopwatch measures, a wrong result is caught, the output is as promised."""
 
 import functools
+import itertools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from bench import contenders, curvature, kernels, launches, search_step, timing
 from bench.contenders import OURS, Setup
+from bench.curvature_baselines import BASELINES, Loss, trained
 from rdarts_fast.networks import supernet
 
 CPU = torch.device("cpu")
@@ -179,23 +183,92 @@ def test_what_does_not_compile_in_time_has_a_row_without_ratio(printed, monkeypa
     assert {row["ratio"] for row in rows} == {None}
 
 
+CURVATURE = ["--json", "--spaces", "s5", "--train-steps", "2", *SIZES]
+
+
+def peak_here(prepare: Callable[[], timing.Call], device: str) -> float:
+    """In place of peak_mb: what goes to the fresh process runs in this one."""
+    pickle.loads(pickle.dumps(prepare))()()
+    return 1.0
+
+
 def test_curvature_prints_a_line_of_json_a_case(printed) -> None:
-    choice = ["--spaces", "s5", "--seconds", "0"]
-    rows = [json.loads(line) for line in printed(curvature.main, "--json", *choice, *SIZES)]
-    assert [row["case"] for row in rows] == ["hessian", "lambda_max"]
-    for row in rows:
-        assert set(row) >= FIELDS
-        assert (row["bench"], row["space"], row["baseline"]) == ("curvature", "s5", "row loop")
-        assert "extrapolated from 3 + 3 rows: 6 x" in row["note"]
-        assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ours_ms"], rel=1e-3)
-        assert row["gradients"] > 1.0
+    choice = ["--baselines", "row loop", "--cases", "hessian"]
+    (line,) = printed(curvature.main, *CURVATURE, *choice)
+    row = json.loads(line)
+    assert set(row) >= FIELDS
+    assert (row["bench"], row["space"], row["baseline"]) == ("curvature", "s5", "row loop")
+    assert "extrapolated from 3 + 3 rows: 6 x" in row["note"]
+    assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ours_ms"], rel=1e-3)
+    assert row["gradients"] > 1.0
+    assert row["peak_mb"] > 0 < row["baseline_peak_mb"]
 
 
-def test_the_check_of_the_curvature_catches_a_wrong_hessian(monkeypatch) -> None:
-    right = curvature.Loss.hessian
-    monkeypatch.setattr(curvature.Loss, "hessian", lambda self: 1.001 * right(self))
-    with pytest.raises(RuntimeError, match=r"s5: the Hessians differ by 1\.0e-03"):
-        curvature.check(SMALL)
+def test_curvature_has_rows_for_every_baseline(printed, monkeypatch) -> None:
+    monkeypatch.setattr(curvature, "peak_mb", peak_here)
+    monkeypatch.setattr(curvature, "SHORT_MS", 0.0)
+    rows = [json.loads(line) for line in printed(curvature.main, *CURVATURE)]
+    assert [(row["baseline"], row["case"]) for row in rows] == list(
+        itertools.product(["row loop", "vmap", "curvlinops"], ["hessian", "lambda_max"])
+    )
+    assert rows[0]["baseline_ms"] == rows[1]["baseline_ms"]  # it needs all rows for either
+    for row in rows[2:]:
+        count = 12 if row["case"] == "hessian" else row["lanczos_products"]
+        assert f": {count:g} x " in row["note"]
+        seconds = row["note"].rpartition(" x ")[2].removesuffix(" s")
+        assert row["baseline_ms"] == pytest.approx(1e3 * count * float(seconds), rel=0.01)
+    for row in rows[1::2]:
+        assert row["note"].startswith("dense, ")
+        assert 1 <= row["lanczos_products"] <= 12
+
+
+def test_lanczos_runs_on_short_products(printed, monkeypatch) -> None:
+    monkeypatch.setattr(curvature, "peak_mb", peak_here)
+    monkeypatch.setattr(curvature, "SHORT_MS", 1e9)
+    choice = ["--baselines", "curvlinops", "--cases", "lambda_max"]
+    (line,) = printed(curvature.main, *CURVATURE, *choice)
+    row = json.loads(line)
+    assert row["note"].endswith("Lanczos on its products")
+    low, high = row["baseline_quartiles_ms"]
+    assert 0 < low < high  # three runs, not one multiplied
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baselines_have_our_hessian_and_lambda_max(baseline: str) -> None:
+    start = trained(SMALL, 3)
+    ours = Loss(OURS, SMALL, torch.float64, start)
+    theirs = Loss("eager", SMALL, torch.float64, start)
+    operator = BASELINES[baseline](theirs)
+    assert_close(operator @ torch.eye(12).double(), ours.hessian(), rtol=1e-9, atol=1e-12)
+    found, expected = theirs.top_of(operator, 1), ours.top()
+    assert found.products < 12
+    assert found.value == pytest.approx(expected.value, rel=1e-3)
+    trained_weight, fresh_weight = (
+        loss.supernet.stem[0].weight for loss in (theirs, Loss("eager", SMALL, torch.float64))
+    )
+    assert not torch.equal(trained_weight, fresh_weight)
+    assert expected.value > 0.0
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_the_check_of_the_curvature_catches_a_wrong_hessian(monkeypatch, baseline: str) -> None:
+    right = Loss.hessian
+    monkeypatch.setattr(Loss, "hessian", lambda self: 1.001 * right(self))
+    with pytest.raises(RuntimeError, match=rf"s5, {baseline}: the Hessians differ by 1\.0e-03"):
+        curvature.check(SMALL, [baseline])
+
+
+def test_the_check_of_the_curvature_has_our_noise() -> None:
+    setup = Setup("s4")
+    curvature.check(setup, ["vmap", "curvlinops"])
+
+
+def test_a_missing_curvlinops_is_one_line(printed, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "curvlinops", None)
+    with pytest.raises(SystemExit) as exit:
+        printed(curvature.main, *CURVATURE, "--baselines", "curvlinops")
+    assert exit.value.code == 2
+    assert "pip install curvlinops-for-pytorch" in capsys.readouterr().err
 
 
 def test_kernels_prints_a_table_and_json(printed) -> None:
@@ -215,6 +288,8 @@ def test_kernels_prints_a_table_and_json(printed) -> None:
         (search_step.main, ["--baselines", "x"], 'unknown baseline "x": one of eager'),
         (search_step.main, ["--batch", "0"], "--batch: expected at least 1, got 0"),
         (curvature.main, ["--cases", "x"], 'unknown case "x": one of hessian, lambda_max'),
+        (curvature.main, ["--baselines", "x"], 'unknown baseline "x": one of row loop, vmap'),
+        (curvature.main, ["--train-steps", "-1"], "--train-steps: expected at least 0, got -1"),
         (curvature.main, ["--layers", "0"], "--layers: expected at least 1, got 0"),
         (kernels.main, ["--kernels", "x"], 'unknown kernel "x": one of node_sum'),
         (kernels.main, ["--batch", "0"], "--batch: expected at least 1, got 0"),
