@@ -1,5 +1,6 @@
 """The benchmarks: the stopwatch measures, a wrong result is caught, the output is as promised."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -16,10 +17,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from bench import contenders, curvature, kernels, launches, search_step, timing
+from bench import contenders, curvature, kernels, launches, search_step, second_order, timing
 from bench.contenders import OURS, Setup
 from bench.curvature_baselines import BASELINES, Loss, trained
+from rdarts_fast import bilevel, config
+from rdarts_fast.draws import Draws
+from rdarts_fast.genotype import Genotype
 from rdarts_fast.networks import supernet
+from rdarts_fast.search import Losses, alpha_step, weight_step
+from rdarts_fast.search_state import SearchState
+from rdarts_fast.spaces import load_space
+from rdarts_fast.tasks.classification import Classification
+from tests import small
 
 CPU = torch.device("cpu")
 SMALL = Setup("s5", batch=4, channels=2, layers=3, size=8)
@@ -280,6 +289,103 @@ def test_kernels_prints_a_table_and_json(printed) -> None:
     assert all(row["percent_of_copy"] > 0 for row in rows[4:])
 
 
+@pytest.fixture
+def search_in_space_with_noise(tmp_path) -> tuple[config.SearchConfig, Classification, SearchState]:
+    """A tiny search that has gone on for a few steps, with the same draws in all passes."""
+    settings = config.from_settings(
+        config.SearchConfig, small.settings(tmp_path, space="s4", noise_per_pass="shared")
+    )
+    task = Classification.load(settings, CPU)
+    state = SearchState.start(settings, task.supernet(settings, load_space("s4")))
+    for number in range(6):
+        step_of_search(settings, task, state, Draws(1, step=number))
+    return settings, task, state
+
+
+def step_of_search(settings, task, state, draws: Draws, number: int = 0) -> None:
+    """Do step `number` of the epoch, as search.loop does."""
+    rows = task.search_epoch(Draws(settings.seed))[number], task.validation_rows(draws)
+    batches = [task.training_batch(rows[i], draws, 0.0, validation=i == 1) for i in (0, 1)]
+    losses = Losses(settings, task, state, draws)
+    alpha_step(settings, state, losses.of(batches[0]), losses.of(batches[1]), 0.1, None)
+    weight_step(settings, state, losses.of(batches[0]), None)
+
+
+@pytest.fixture
+def step(search_in_space_with_noise) -> second_order.Step:
+    return second_order.Step(*search_in_space_with_noise, 0.1, 1)
+
+
+def test_what_second_order_compares_is_the_searchs_own_gradient(
+    search_in_space_with_noise, step, monkeypatch
+) -> None:
+    settings, task, state = search_in_space_with_noise
+    found = []
+    right = bilevel.second_order
+    monkeypatch.setattr(
+        bilevel, "second_order", lambda *a, **k: found.append(right(*a, **k)) or found[-1]
+    )
+    settings = dataclasses.replace(settings, implicit="exact")
+    step_of_search(settings, task, state, Draws(settings.seed, step=1), 1)
+    (expected,) = (torch.cat([g.flatten() for g in result.gradient]) for result in found)
+    assert_close(step.gradient(0.01, exact=True).float(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_two_forms_of_second_order_agree_for_a_tiny_step(step) -> None:
+    found = second_order.compare(step, 0.01)
+    assert list(found["implicit"]) == ["0.01", "0.0001", "1e-06", "1e-09"]
+    assert found["implicit"]["1e-09"] > 0.999
+    assert found["length"]["1e-09"] == pytest.approx(1.0, abs=1e-3)
+    assert found["share"] > 0.0
+    assert all(-1.0 <= cosine <= 1.0 for cosine in (found["cosine"], *found["implicit"].values()))
+
+
+def test_the_direct_term_is_what_is_left_without_the_implicit_one(step, monkeypatch) -> None:
+    direct, whole = step.direct(), step.gradient(0.01)
+    zero = lambda loss, parameters, alphas, *_: [torch.zeros_like(a) for a in alphas]  # noqa: E731
+    monkeypatch.setattr(bilevel, "implicit_term", zero)
+    assert torch.equal(step.gradient(0.01), direct)
+    assert not torch.equal(whole, direct)
+
+
+def test_second_order_prints_a_line_of_json_a_search_and_a_pair(printed, tmp_path) -> None:
+    data = small.write_images(tmp_path / "images.npz")
+    choice = ["--space", "s5", "--data", f"npz:{data}", "--seeds", "0,1", "--every", "2"]
+    sizes = ["--epochs", "2", "--channels", "2", "--layers", "3", "--batch-size", "6"]
+    lines = printed(second_order.main, "--json", *choice, *sizes, "--epoch-steps", "2")
+    rows = [json.loads(line) for line in lines]
+    assert [row["case"] for row in rows] == 4 * ["search"] + 4 * ["agreement"]
+    searches = [(row["implicit"], row["seed"]) for row in rows[:4]]
+    assert searches == [("difference", 0), ("exact", 0), ("difference", 1), ("exact", 1)]
+    for row in rows[:4]:
+        assert (row["bench"], row["space"], row["data"]) == ("second_order", "s5", "npz-images")
+        assert (row["epochs"], row["channels"], row["seconds"] > 0) == (2, 2, True)
+        assert len(row["valid_accuracy"]) == len(row["lambda_max"]) == 2
+        assert [point["epoch"] for point in row["points"]] == [0, 1]
+        for point in row["points"]:
+            assert abs(point["cosine"]) <= 1.0 < 1.0 + point["share"]
+            assert point["implicit"]["1e-09"] > 0.999
+            assert point["length"]["1e-09"] == pytest.approx(1.0, abs=1e-2)
+        assert set(row["genotype"]) == {"normal", "reduce"}
+    assert rows[0]["lambda_max"] != rows[1]["lambda_max"] != rows[2]["lambda_max"]
+    for row in rows[4:]:
+        assert 0 <= row["operations"] <= row["edges"] <= row["of"] == 4
+    assert rows[4]["searches"] == ["difference, seed 0", "exact, seed 0"]
+    shown = [second_order.text(row) for row in rows]
+    assert shown[0].startswith("s5, npz-images, difference, seed 0: ")
+    assert len(shown[0].splitlines()) == 4
+    assert str(tmp_path) not in "".join(lines)
+
+
+def test_genotypes_agree_in_edges_and_operations() -> None:
+    skip, conv = "skip_connect", "sep_conv_3x3"
+    normal = [[(conv, 0), (skip, 1)], [(conv, 0), (conv, 2)]]
+    other = [[(conv, 0), (conv, 1)], [(conv, 0), (conv, 1)]]
+    one, two = (Genotype({"normal": nodes, "reduce": normal}) for nodes in (normal, other))
+    assert second_order.agreement(one, two) == {"edges": 7, "operations": 6, "of": 8}
+    assert second_order.agreement(one, one) == {"edges": 8, "operations": 8, "of": 8}
+
+
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
@@ -291,6 +397,8 @@ def test_kernels_prints_a_table_and_json(printed) -> None:
         (curvature.main, ["--baselines", "x"], 'unknown baseline "x": one of row loop, vmap'),
         (curvature.main, ["--train-steps", "-1"], "--train-steps: expected at least 0, got -1"),
         (curvature.main, ["--layers", "0"], "--layers: expected at least 1, got 0"),
+        (second_order.main, ["--space", "s9"], 'unknown space "s9": one of s1, s2, s3'),
+        (second_order.main, ["--every", "0"], "--every: expected at least 1, got 0"),
         (kernels.main, ["--kernels", "x"], 'unknown kernel "x": one of node_sum'),
         (kernels.main, ["--batch", "0"], "--batch: expected at least 1, got 0"),
     ],
