@@ -82,10 +82,16 @@ class KeptDraws(Draws):
 
     kept: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
-    def normal(self, site: int, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    def normal(
+        self,
+        site: int,
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+        samples: int | None = None,
+    ) -> Tensor:
         key = (self.seed, self.branch, self.step, self.pass_index, site, *shape)
         if key not in self.kept:
-            self.kept[key] = super().normal(site, shape, device)
+            self.kept[key] = super().normal(site, shape, device, samples)
         return self.kept[key]
 
 
