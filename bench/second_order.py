@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from bench.record import line
-from rdarts_fast import bilevel, config, search, training
+from rdarts_fast import bilevel, config_sources, search, training
 from rdarts_fast.config import SearchConfig
 from rdarts_fast.curvature.operators import flat
 from rdarts_fast.draws import Draws
@@ -234,7 +234,7 @@ def settings_of(parsed: argparse.Namespace, seed: int, form: str, out: Path) -> 
     given = {name: getattr(parsed, name) for name in OF_A_SEARCH}
     given = {name: value for name, value in given.items() if value is not None}
     more = {"space": parsed.space, "data": parsed.data, "curvature": "lambda"}
-    return config.from_settings(
+    return config_sources.from_settings(
         SearchConfig, {**given, **more, "seed": seed, "implicit": form, "out": out}
     )
 

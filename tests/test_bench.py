@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from bench import contenders, curvature, kernels, launches, search_step, second_order, timing
 from bench.contenders import OURS, Setup
 from bench.curvature_baselines import BASELINES, Loss, trained
-from rdarts_fast import bilevel, config
+from rdarts_fast import bilevel, config, config_sources
 from rdarts_fast.draws import Draws
 from rdarts_fast.genotype import Genotype
 from rdarts_fast.networks import supernet
@@ -292,7 +292,7 @@ def test_kernels_prints_a_table_and_json(printed) -> None:
 @pytest.fixture
 def search_in_space_with_noise(tmp_path) -> tuple[config.SearchConfig, Classification, SearchState]:
     """A tiny search that has gone on for a few steps, with the same draws in all passes."""
-    settings = config.from_settings(
+    settings = config_sources.from_settings(
         config.SearchConfig, small.settings(tmp_path, space="s4", noise_per_pass="shared")
     )
     task = Classification.load(settings, CPU)
