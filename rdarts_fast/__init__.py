@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rdarts_fast.genotype import Genotype, discretize
     from rdarts_fast.networks import Network, Supernet
+    from rdarts_fast.random_search import run_random_search
     from rdarts_fast.retrain import run_retraining
     from rdarts_fast.run_dir import Run
     from rdarts_fast.search import run_search
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "discretize",
     "load_space",
+    "run_random_search",
     "run_retraining",
     "run_search",
 ]
@@ -40,6 +42,7 @@ _HOMES = {
     "Supernet": "networks",
     "discretize": "genotype",
     "load_space": "spaces",
+    "run_random_search": "random_search",
     "run_retraining": "retrain",
     "run_search": "search",
 }

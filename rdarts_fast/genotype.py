@@ -115,9 +115,13 @@ class Genotype:
         return cls(_cells_of(cells))
 
     def to_text(self) -> str:
-        """Return the official code's text form."""
+        """Return the official code's text form. Raises UserError where a node has one input."""
         fields = []
         for kind, nodes in self.cells.items():
+            for i, node in enumerate(nodes):
+                if len(node) != KEPT_INPUTS:
+                    found = f"{kind}[{i}] has {len(node)}"
+                    raise UserError(f"genotype text: has two inputs a node, {found}: use the JSON")
             pairs = [edge for node in nodes for edge in node]
             fields += [f"{kind}={pairs}", f"{kind}_concat=range({INPUTS}, {INPUTS + len(nodes)})"]
         return f"Genotype({', '.join(fields)})"
@@ -191,6 +195,8 @@ def _check(cells: Mapping[str, Nodes]) -> None:
     for kind, nodes in cells.items():
         for i, node in enumerate(nodes):
             sources = [source for _, source in node]
+            if not sources:
+                raise UserError(f"genotype: {kind}[{i}]: a node needs an input")
             if len(set(sources)) != len(sources):
                 raise UserError(f"genotype: {kind}[{i}]: an input stands there twice: {sources}")
             for op, source in node:

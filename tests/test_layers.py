@@ -29,7 +29,7 @@ FLOORS = [
         "events",
     ],
     ["genotype", "regularisation", "config_sources"],
-    ["networks", "run_dir"],
+    ["networks", "run_dir", "sampling"],
     ["tasks", "training", "tracking", "fleet"],
     ["search_state"],
     ["rollback"],
