@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rdarts_fast.analysis import analyse
     from rdarts_fast.genotype import Genotype, discretize
     from rdarts_fast.networks import Network, Supernet
+    from rdarts_fast.random_search import run_random_search
     from rdarts_fast.retrain import run_retraining
     from rdarts_fast.robust import run_robust
     from rdarts_fast.run_dir import Run
@@ -32,6 +33,7 @@ __all__ = [
     "analyse",
     "discretize",
     "load_space",
+    "run_random_search",
     "run_retraining",
     "run_robust",
     "run_search",
@@ -45,6 +47,7 @@ _HOMES = {
     "analyse": "analysis",
     "discretize": "genotype",
     "load_space": "spaces",
+    "run_random_search": "random_search",
     "run_retraining": "retrain",
     "run_robust": "robust",
     "run_search": "search",

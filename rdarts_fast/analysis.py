@@ -172,7 +172,7 @@ def discretisation_drop(searched: Searched) -> Drop:
     """
     alphas = searched.state.alphas
     space = searched.state.supernet.space
-    one_hot = one_hot_weights(space, discretize(space, alphas))
+    one_hot = one_hot_weights(space, discretize(space, alphas).cells)
     return Drop(
         searched.epoch,
         searched.accuracy(softmax_weights(alphas)),

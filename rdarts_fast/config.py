@@ -73,13 +73,21 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class SearchConfig(RunConfig):
-    """Settings of a search (paper, section 2.1; the values of DARTS)."""
+class SupernetConfig(RunConfig):
+    """What every run that trains a supernet has."""
 
     space: str = "s4"
     """s1 to s4, s5 (the paper's), darts (8 operations; the official code's s5), or a .json file."""
     backend: Literal["fused", "reference"] = "fused"
     """fused: whole cells on kernels; reference: one torch module per candidate, as published."""
+    learning_rate_min: float = 0.001
+    """SGD's learning rate at the end of the cosine."""
+
+
+@dataclass(frozen=True)
+class SearchConfig(SupernetConfig):
+    """Settings of a search (paper, section 2.1; the values of DARTS)."""
+
     order: Literal["first", "second"] = "second"
     """second: alphas through a virtual step of the weights, as published; first: twice as fast."""
     epsilon_scale: float = 0.01
@@ -88,8 +96,6 @@ class SearchConfig(RunConfig):
     """Second order's mixed derivative: by the published difference, or exact by differentiating."""
     noise_per_pass: Literal["fresh", "shared"] = "fresh"
     """fresh: noise and masks anew in each forward pass, as published; shared: once a step."""
-    learning_rate_min: float = 0.001
-    """SGD's learning rate at the end of the cosine."""
     alpha_learning_rate: float = 3e-4
     """Adam's learning rate on the alphas."""
     alpha_beta1: float = 0.5
@@ -133,6 +139,22 @@ class SearchConfig(RunConfig):
 
 
 @dataclass(frozen=True)
+class RandomSearchConfig(SupernetConfig):
+    """Settings of random search with weight sharing (Li & Talwalkar; the paper's RS-ws)."""
+
+    steps: int | None = None
+    """Training steps, in place of epochs (published: 19531, on every data set) [by the epochs]."""
+    skip_unsampled: bool = False
+    """Compute only what was sampled: faster at full size; the rest's batch norms stand still."""
+    samples: int = 1000
+    """Architectures that a round of the selection draws (a round for every 10,000 steps)."""
+    sample_batches: int = 10
+    """Validation batches that each of them is scored on; all where there are fewer."""
+    finalists: int = 10
+    """Of those, how many are scored on all validation images; the best one is the result."""
+
+
+@dataclass(frozen=True)
 class RetrainConfig(RunConfig):
     """Settings of training a found network from scratch (paper, appendix B.1)."""
 
@@ -164,7 +186,7 @@ class RetrainConfig(RunConfig):
     """Let torch.compile have the network: minutes at the start, then faster; other bits."""
 
 
-Config = TypeVar("Config", SearchConfig, RetrainConfig)
+Config = TypeVar("Config", SearchConfig, RandomSearchConfig, RetrainConfig)
 
 # A data set's own defaults, below preset "paper" and the flags. Small images and few of them: a
 # smaller network, and alphas that move faster, since a search of a few hundred steps at 3e-4 would
@@ -178,6 +200,14 @@ _SMALL_SEARCH: Mapping[str, Any] = {
     "alpha_learning_rate": 3e-3,
     "threads": 1,
 }
+_SMALL_RANDOM_SEARCH: Mapping[str, Any] = {
+    "channels": 8,
+    "layers": 4,
+    "learning_rate": 0.05,
+    "samples": 200,
+    "sample_batches": 5,
+    "threads": 1,
+}
 _SMALL_RETRAIN: Mapping[str, Any] = {
     "channels": 8,
     "layers": 4,
@@ -187,6 +217,7 @@ _SMALL_RETRAIN: Mapping[str, Any] = {
 }
 DATA_DEFAULTS: Mapping[type, Mapping[str, Mapping[str, Any]]] = {
     SearchConfig: {"digits": _SMALL_SEARCH},
+    RandomSearchConfig: {"digits": _SMALL_RANDOM_SEARCH},
     RetrainConfig: {"digits": _SMALL_RETRAIN},
 }
 PRESETS: Mapping[type, Mapping[str, Mapping[str, Any] | None]] = {
@@ -200,6 +231,20 @@ PRESETS: Mapping[type, Mapping[str, Mapping[str, Any] | None]] = {
             "learning_rate": 0.1,
             "alpha_learning_rate": 3e-3,
             "epoch_steps": 12,
+            "threads": 1,
+        },
+    },
+    RandomSearchConfig: {
+        "default": None,
+        "paper": {},
+        "quick": {
+            "channels": 4,
+            "layers": 3,
+            "epochs": 10,
+            "learning_rate": 0.1,
+            "epoch_steps": 12,
+            "samples": 50,
+            "sample_batches": 5,
             "threads": 1,
         },
     },
@@ -233,6 +278,10 @@ LEAST: Mapping[str, int] = {
     "stop_window": 1,
     "stop_delta": 1,
     "stop_start_epoch": 0,
+    "steps": 1,
+    "samples": 1,
+    "sample_batches": 1,
+    "finalists": 1,
 }
 # What a resumed run may change without changing what it computes.
 FREE_ON_RESUME = ("resume", "device", "threads", "checkpoint_minutes", "tensorboard", "data_root")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from rdarts_fast.config import (
     Config,
     RunConfig,
     SearchConfig,
+    SupernetConfig,
     defaults,
     flag,
 )
@@ -81,7 +83,7 @@ def _absolute(config: Config) -> Config:
     loader, _, path = config.data.partition(":")
     data = f"{loader}:{Path(path).absolute()}" if path else config.data
     changes: dict[str, Any] = {"data": data, "data_root": config.data_root.absolute()}
-    if isinstance(config, SearchConfig) and config.space.endswith(".json"):
+    if isinstance(config, SupernetConfig) and config.space.endswith(".json"):
         changes["space"] = str(Path(config.space).absolute())
     if isinstance(config, SearchConfig) and config.oracle is not None:
         changes["oracle"] = config.oracle.absolute()
@@ -96,7 +98,8 @@ def stored(kind: type[Config], folder: Path, what: str) -> Config:
     names = {field.name for field in dataclasses.fields(kind)} - {"resume"}
     strange = sorted(set(values) ^ names)
     if strange:
-        name = kind.__name__.removesuffix("Config").lower()
+        words = re.findall("[A-Z][a-z]*", kind.__name__.removesuffix("Config"))
+        name = " ".join(words).lower()  # a random search
         raise UserError(
             f"{what} {folder}: not a {name} of this version of rdarts_fast "
             f"(config.json differs in {', '.join(strange[:5])})"

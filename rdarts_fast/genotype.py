@@ -115,9 +115,13 @@ class Genotype:
         return cls(_cells_of(cells))
 
     def to_text(self) -> str:
-        """Return the official code's text form."""
+        """Return the official code's text form. Raises UserError where a node has one input."""
         fields = []
         for kind, nodes in self.cells.items():
+            for i, node in enumerate(nodes):
+                if len(node) != KEPT_INPUTS:
+                    found = f"{kind}[{i}] has {len(node)}"
+                    raise UserError(f"genotype text: has two inputs a node, {found}: use the JSON")
             pairs = [edge for node in nodes for edge in node]
             fields += [f"{kind}={pairs}", f"{kind}_concat=range({INPUTS}, {INPUTS + len(nodes)})"]
         return f"Genotype({', '.join(fields)})"
@@ -191,6 +195,8 @@ def _check(cells: Mapping[str, Nodes]) -> None:
     for kind, nodes in cells.items():
         for i, node in enumerate(nodes):
             sources = [source for _, source in node]
+            if not sources:
+                raise UserError(f"genotype: {kind}[{i}]: a node needs an input")
             if len(set(sources)) != len(sources):
                 raise UserError(f"genotype: {kind}[{i}]: an input stands there twice: {sources}")
             for op, source in node:
@@ -257,24 +263,23 @@ def kept_edges(
     return kept
 
 
-def one_hot_weights(space: Space, genotype: Genotype) -> dict[str, Tensor]:
-    """Return the weights under which a supernet is `genotype`: 1 for what it keeps, 0 elsewhere;
-    cell type -> [E, O].
+def one_hot_weights(space: Space, cells: Mapping[str, Nodes]) -> dict[str, Tensor]:
+    """Return the weights under which a supernet is an architecture: 1 for what it keeps, 0
+    elsewhere; cell type -> float32 [E, O].
 
-    Raises UserError where the space does not have it.
+    cells: a genotype's, but an operation may be `none`. Raises UserError where the space does not
+    have it.
     """
     weights = {}
-    for kind in genotype.cells:
+    for kind, nodes in cells.items():
         weights[kind] = torch.zeros(space.edges, space.operations(kind))
-        for source, target, name in genotype.edges(kind):
-            names: tuple[str, ...] = ()
-            if target - INPUTS < space.nodes:
-                edge = edges_into(target - INPUTS)[source]
-                names = space.cells[kind][edge]
-            if name not in names:
-                at = f"{kind}[{target - INPUTS}]: {name} on input {source}"
-                raise UserError(f"genotype: {at} is not in space {space.name}")
-            weights[kind][edge, names.index(name)] = 1.0
+        for node, inputs in enumerate(nodes):
+            for name, source in inputs:
+                edge = edges_into(node)[source]
+                if node >= space.nodes or name not in space.cells[kind][edge]:
+                    at = f"{kind}[{node}]: {name} on input {source}"
+                    raise UserError(f"genotype: {at} is not in space {space.name}")
+                weights[kind][edge, space.cells[kind][edge].index(name)] = 1.0
     return weights
 
 

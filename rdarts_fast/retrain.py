@@ -99,6 +99,8 @@ def find_genotype(settings: RetrainConfig) -> Genotype:
             raise UserError(
                 f"--genotypes-at: {source} has epochs 0 to {len(run.history) - 1}, not {epoch}"
             )
+        if "genotype" not in at[-1]:
+            raise UserError(f"--genotypes-at: {source} has one genotype, not one an epoch")
         return Genotype.from_dict(at[-1]["genotype"])
     if run.genotype is None:
         raise UserError(f"{source}: no genotype yet: the search has not finished an epoch")

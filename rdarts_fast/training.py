@@ -31,7 +31,11 @@ from rdarts_fast.run_dir import ENVIRONMENT, Run, RunDir
 # The forward passes of a step count up from 0; those of an epoch's end are apart.
 EVALUATION_PASS = 64
 CURVATURE_PASS = 65
-PROGRAMS = {"search": "search", "retraining": "retrain"}  # kind of run -> what to call
+PROGRAMS = {  # kind of run -> what to call
+    "search": "search",
+    "random search": "random_search",
+    "retraining": "retrain",
+}
 
 
 class Interrupted(KeyboardInterrupt):

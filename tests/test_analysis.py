@@ -89,7 +89,7 @@ def test_the_supernets_accuracy_is_the_one_of_its_last_epoch(searched) -> None:
     drop = discretisation_drop(loaded)
     assert (drop.epoch, drop.supernet) == (2, searched.metrics[-1]["valid_accuracy"])
     alphas, space = loaded.state.alphas, SPACES["s2"]
-    one_hot = one_hot_weights(space, discretize(space, alphas))
+    one_hot = one_hot_weights(space, discretize(space, alphas).cells)
     kept = {kind: weights.sum(dim=1).bool() for kind, weights in one_hot.items()}
     assert all(int(edges.sum()) == 8 for edges in kept.values())
     for alpha in alphas.values():  # no weight but the genotype's

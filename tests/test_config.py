@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rdarts_fast import config
-from rdarts_fast.config import RetrainConfig, SearchConfig, defaults
+from rdarts_fast.config import RandomSearchConfig, RetrainConfig, SearchConfig, defaults
 from rdarts_fast.config_sources import checked, from_settings, parse
 from rdarts_fast.errors import UserError
 
@@ -52,7 +52,7 @@ def test_flags_win_over_presets_and_presets_over_the_data_sets_own() -> None:
 
 
 def test_every_setting_is_a_flag_with_a_help_text(capsys) -> None:
-    for kind in (SearchConfig, RetrainConfig):
+    for kind in (SearchConfig, RandomSearchConfig, RetrainConfig):
         with pytest.raises(SystemExit) as stop:
             parse(kind, "About.", "program", ["--help"])
         assert stop.value.code == 0

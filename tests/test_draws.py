@@ -282,6 +282,7 @@ def test_sites_do_not_collide() -> None:
         draws.SITE_VALIDATION_BATCH,
         draws.SITE_SPLIT,
         draws.SITE_SAMPLE,
+        draws.SITE_ARCHITECTURE,
     }
     assert len(training | validation | others) == len(training) + len(validation) + len(others)
     assert max(training | validation | others) < draws.SITE_NETWORK

@@ -205,11 +205,11 @@ def test_one_hot_weights_choose_what_the_genotype_keeps() -> None:
             "reduce": ((("skip_connect", 0), ("skip_connect", 1)),),
         }
     )
-    weights = one_hot_weights(space, genotype)
+    weights = one_hot_weights(space, genotype.cells)
     assert weights["normal"].tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     assert weights["reduce"].tolist() == [[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
     alphas = {kind: 5.0 * weight for kind, weight in weights.items()}
-    found = one_hot_weights(space, discretize(space, alphas))
+    found = one_hot_weights(space, discretize(space, alphas).cells)
     assert all(found[kind].equal(weights[kind]) for kind in weights)
 
 
@@ -219,9 +219,11 @@ def test_one_hot_weights_of_another_space_are_refused(name) -> None:
     genotype = discretize(SPACES[name], alphas)
     other = {"s2": "s4", "s4": "s2"}[name]
     with pytest.raises(UserError, match=f"is not in space {other}"):
-        one_hot_weights(SPACES[other], genotype)
+        one_hot_weights(SPACES[other], genotype.cells)
     with pytest.raises(UserError, match=r"normal\[1\].*is not in space s5"):
-        one_hot_weights(SPACES["s5"], discretize(SPACES["darts"], {k: one_sep() for k in alphas}))
+        one_hot_weights(
+            SPACES["s5"], discretize(SPACES["darts"], {k: one_sep() for k in alphas}).cells
+        )
 
 
 def one_sep() -> torch.Tensor:

@@ -30,12 +30,13 @@ FLOORS = [
         "ray_session",
     ],
     ["genotype", "regularisation", "config_sources"],
-    ["networks", "run_dir", "oracle"],
+    ["networks", "run_dir", "oracle", "sampling"],
     ["tasks", "training", "tracking", "fleet", "tables", "ranks"],
     ["search_state", "evaluation", "protocol"],
     ["rollback"],
     ["search", "random_search", "retrain", "analysis"],
-    ["robust", "report", "info", "__init__"],
+    ["robust", "report", "info"],
+    ["__init__"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

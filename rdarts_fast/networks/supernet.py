@@ -7,7 +7,9 @@ section 2.2).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from rdarts_fast.networks.fused import fused_cell, fused_stem
 from rdarts_fast.networks.hessian import SupernetHessian, hessian_operator
 from rdarts_fast.networks.operations import (
     Noise,
+    Zero,
     apply,
     candidate,
     drop_path_factors,
@@ -51,6 +54,16 @@ def is_reduction(cell: int, layers: int) -> bool:
     return cell in (layers // 3, 2 * layers // 3)
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
+def _sharing(module: M) -> M:
+    """Return a copy of `module` with the same children, of which others can take the place."""
+    part = copy.copy(module)
+    part._modules = dict(module._modules)
+    return part
+
+
 class MixedOp(nn.Module):
     """An edge of the supernet: all candidates on one input, summed under the edge's weights."""
 
@@ -66,6 +79,13 @@ class MixedOp(nn.Module):
         terms = [weight * apply(operation, x, draws) for weight, operation in pairs]
         total: Tensor = sum(terms[1:], terms[0])
         return total
+
+    def restricted(self, weights: Sequence[float], stride: int) -> MixedOp:
+        """Return this edge with `none` for every candidate of weight 0; weights: [O]."""
+        part = _sharing(self)
+        pairs = zip(weights, self.operations, strict=True)
+        part.operations = nn.ModuleList(op if weight else Zero(stride) for weight, op in pairs)
+        return part
 
 
 class SearchCell(nn.Module):
@@ -147,6 +167,16 @@ class SearchCell(nn.Module):
             self._plan = Plan(self.nodes, preprocessing, operations, self.strides)
         return self._plan
 
+    def restricted(self, weights: Tensor) -> SearchCell:
+        """Return this cell with `none` for every candidate of weight 0; weights: [E, O]."""
+        part = _sharing(self)
+        part._plan = None
+        part.edges = nn.ModuleList()
+        for edge, row, stride in zip(self.edges, weights.tolist(), self.strides, strict=True):
+            assert isinstance(edge, MixedOp)
+            part.edges.append(edge.restricted(row, stride))
+        return part
+
     def leaving(self, source: int) -> list[nn.Module]:
         """Return all operations on the edges that leave a state."""
         operations: list[nn.Module] = []
@@ -215,6 +245,22 @@ class Supernet(nn.Module):
         means = torch.cat([x.mean(dim=(2, 3)) for x in s1], dim=1)
         logits: Tensor = self.classifier(means)
         return logits
+
+    def restricted(self, weights: Weights) -> Supernet:
+        """Return this supernet with `none` for every candidate whose weight is 0: it computes the
+        others alone, on the same modules.
+
+        Under these weights it is the same function, but that in train mode the batch norms of what
+        is left away stand still. Its mode is this one's. Raises ValueError where a shape does not
+        fit.
+        """
+        self._check_weights(weights)
+        part = _sharing(self)
+        part.cells = nn.ModuleList()
+        for cell in self.cells:
+            assert isinstance(cell, SearchCell)
+            part.cells.append(cell.restricted(weights[cell.kind]))
+        return part
 
     def hessian_operator(
         self,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdarts_fast import data
-from rdarts_fast.config import RetrainConfig, RunConfig, SearchConfig
+from rdarts_fast.config import RetrainConfig, RunConfig, SupernetConfig
 from rdarts_fast.draws import SITE_SAMPLE, SITE_STREAM_VALIDATION, Draws
 from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype
@@ -42,7 +42,7 @@ class Classification:
         if config.flip is not None:
             images = replace(images, augmentation=replace(images.augmentation, flip=config.flip))
         images.augmentation.check_size(*images.size)
-        needed = 4 if isinstance(config, SearchConfig) else 2  # a search halves them
+        needed = 4 if isinstance(config, SupernetConfig) else 2  # a search halves them
         found = len(images.train_labels)
         if found < needed:
             raise UserError(
@@ -69,7 +69,7 @@ class Classification:
         size = f"{self.images.channels}x{height}x{width}"
         return f"{self.images.name} ({size}, {self.images.classes} classes)"
 
-    def supernet(self, config: SearchConfig, space: Space) -> Supernet:
+    def supernet(self, config: SupernetConfig, space: Space) -> Supernet:
         """Return the supernet at its start, drawn from the config's seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -123,6 +123,12 @@ class Classification:
     def validation_rows(self, draws: Draws) -> Tensor:
         """Return a random full batch of the alphas' half, keyed by draws.step."""
         return data.validation_batch(self.images.halves[1].cpu(), self.batch_size, draws)
+
+    def validation_sample(self, count: int, draws: Draws) -> list[Tensor]:
+        """Return the rows of `count` random batches of the alphas' half, keyed by draws.step; all
+        of it where that is fewer.
+        """
+        return self._epoch(self.images.halves[1], draws)[:count]
 
     def validation_batches(self) -> list[Tensor]:
         """The rows of the alphas' half in batches; a fixed sample where epoch_steps cuts."""

@@ -1,0 +1,444 @@
+"""Random search with weight sharing: train the supernet on one random architecture a step, then
+look for the one that does best with the weights that all of them share (Li & Talwalkar; the
+paper's RS-ws).
+
+python -m rdarts_fast.random_search --space s4
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdarts_fast import config, config_sources, plots, training
+from rdarts_fast.config import RandomSearchConfig
+from rdarts_fast.draws import Draws
+from rdarts_fast.errors import exit_on_user_error
+from rdarts_fast.events import Events
+from rdarts_fast.genotype import Genotype, one_hot_weights
+from rdarts_fast.networks import Supernet
+from rdarts_fast.run_dir import GENOTYPE, RESULT, SPACE, Run, RunDir
+from rdarts_fast.sampling import Architectures, without_none
+from rdarts_fast.spaces import load_space
+from rdarts_fast.tasks.classification import Classification
+
+STEPS_PER_ROUND = 10_000  # of training, for each round of the selection
+
+
+def run_random_search(**settings: Any) -> Run:
+    """Search for an architecture at random, with shared weights, and return the finished run.
+
+    settings: the fields of config.RandomSearchConfig, such as space="s2", data="digits", epochs=25,
+    samples=100; resume="runs/first" goes on with a run. Its result.json has `valid_error`, the
+    found genotype's on the half of the images that the weights did not see, in [0, 1], and the
+    table of all `finalists`. Raises UserError and Interrupted as run_search does.
+    """
+    return random_search(config_sources.from_settings(RandomSearchConfig, settings))
+
+
+def random_search(settings: RandomSearchConfig) -> Run:
+    """Search as `settings` say; see run_random_search."""
+    with training.prepared(settings) as device:
+        return _random_search(settings, device)
+
+
+def _random_search(settings: RandomSearchConfig, device: torch.device) -> Run:
+    resumed = settings.resume
+    space = load_space(settings.space if resumed is None else resumed / SPACE)
+    task = Classification.load(settings, device)
+    state = RandomSearchState.start(settings, task.supernet(settings, space).to(device))
+    where = training.environment(device, settings, task.fingerprint())
+    name = f"random-{space.name}-{training.plain(task.images.name)}-seed{settings.seed}"
+    files = {SPACE: json.dumps(space.to_dict())}
+    with (
+        training.open_run(settings, where, name, "random search", state, files) as run,
+        training.Stop().watching() as stop,
+    ):
+        announce(settings, where, task, state.supernet, run)
+        with training.event_writer(settings, run, state.epoch) as events:
+            loop(settings, task, state, run, stop, events)
+        return finish(settings, state, run, select(settings, task, state, run, stop))
+
+
+@dataclass
+class RandomSearchState:
+    """Everything that changes during a random search, and that a checkpoint holds."""
+
+    supernet: Supernet
+    optimizer: torch.optim.SGD
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    records: int = 0  # lines of metrics.jsonl
+    sums: training.Sums = field(default_factory=training.Sums)
+    seconds: float = 0.0  # spent in the present epoch; after the last, in the selection
+    errors: list[list[float]] = field(default_factory=list)  # of the selection, a list a stage
+
+    @classmethod
+    def start(cls, settings: RandomSearchConfig, supernet: Supernet) -> RandomSearchState:
+        """Return the state before the first step."""
+        return cls(supernet, training.sgd(supernet.parameters(), settings))
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Return the state as a checkpoint holds it."""
+        return {
+            "kind": "random search",
+            "epoch": self.epoch,
+            "step": self.step,
+            "records": self.records,
+            "sums": dict(self.sums.values),
+            "seconds": self.seconds,
+            "errors": self.errors,
+            "supernet": self.supernet.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def from_checkpoint(self, stored: dict[str, Any]) -> None:
+        """Take over a checkpoint. Raises what an entry that is missing or does not fit raises."""
+        self.supernet.load_state_dict(stored["supernet"])
+        self.optimizer.load_state_dict(stored["optimizer"])
+        self.epoch, self.step, self.records = stored["epoch"], stored["step"], stored["records"]
+        self.seconds, self.errors = stored["seconds"], [list(e) for e in stored["errors"]]
+        self.sums = training.Sums(dict(stored["sums"]))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long the training lasts: so many epochs, the last one perhaps in part."""
+
+    epoch_steps: int  # of a whole epoch
+    steps: int  # in all
+
+    @classmethod
+    def of(cls, settings: RandomSearchConfig, task: Classification) -> Budget:
+        """Return `steps`, or `epochs` passes over the weights' half."""
+        epoch_steps = len(task.search_epoch(Draws(settings.seed)))
+        return cls(epoch_steps, settings.steps or settings.epochs * epoch_steps)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs, begun ones too."""
+        return -(-self.steps // self.epoch_steps)
+
+    def steps_of(self, epoch: int) -> int:
+        """Return the steps of an epoch."""
+        return min(self.epoch_steps, self.steps - epoch * self.epoch_steps)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of the selection."""
+        return max(1, self.steps // STEPS_PER_ROUND)
+
+
+def loop(
+    settings: RandomSearchConfig,
+    task: Classification,
+    state: RandomSearchState,
+    run: RunDir,
+    stop: training.Stop,
+    events: Events,
+) -> None:
+    """Train the weights from where `state` stands to the last epoch, each step on an architecture
+    of its own.
+    """
+    clock = training.Clock(settings.checkpoint_minutes)
+    budget = Budget.of(settings, task)
+    architectures = Architectures(state.supernet.space)
+    draws = Draws(settings.seed)
+    while state.epoch < budget.epochs:
+        epoch = state.epoch
+        started = time.monotonic() - state.seconds
+        rate = training.cosine(
+            epoch, budget.epochs, settings.learning_rate, settings.learning_rate_min
+        )
+        training.set_learning_rate(state.optimizer, rate)
+        state.supernet.drop_path_prob = training.linear(
+            epoch, budget.epochs - 1, settings.drop_path_prob
+        )
+        batches = task.search_epoch(draws.at(step=epoch))[: budget.steps_of(epoch)]
+        state.supernet.train()
+        for rows in training.progress(batches, state.step, f"epoch {epoch}"):
+            step = draws.at(step=epoch * budget.epoch_steps + state.step)
+            batch = task.training_batch(rows, step, cutout_probability(settings))
+            weights = one_hot_weights(state.supernet.space, architectures.draw(step))
+
+            train_step(settings, task, state, batch, weights, step, run)
+
+            state.step += 1
+            if stop.asked or clock.due():
+                state.seconds = time.monotonic() - started
+                run.save_checkpoint(state.to_checkpoint())
+                clock.reset()
+            if stop.asked:
+                raise training.Interrupted(training.resume_command("random_search", run.folder))
+        end_epoch(budget, state, run, events, rate, started)
+        clock.reset()
+
+
+def train_step(
+    settings: RandomSearchConfig,
+    task: Classification,
+    state: RandomSearchState,
+    batch: tuple[Tensor, Tensor],
+    weights: dict[str, Tensor],
+    draws: Draws,
+    run: RunDir,
+) -> None:
+    """One step of SGD on the shared weights, against the loss under one-hot `weights`.
+
+    What was not sampled has weight 0 and no gradient, but weight decay and momentum, with
+    --skip-unsampled too; that leaves away to compute it, which would move its batch norms.
+    """
+    weights = on_network(weights, state.supernet)
+    images, labels = batch
+    supernet = state.supernet
+    if settings.skip_unsampled:
+        supernet = supernet.restricted(weights)
+        for parameter in state.supernet.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    logits = supernet(images, weights, draws)
+    loss = task.loss(logits, labels)
+    state.sums.add(float(loss.detach()), logits, labels)
+    training.descend(loss, state.supernet, state.optimizer, settings, state, run)
+
+
+def on_network(weights: dict[str, Tensor], supernet: Supernet) -> dict[str, Tensor]:
+    """Return the operations' weights on the supernet's device."""
+    return {kind: tensor.to(supernet.classifier.weight) for kind, tensor in weights.items()}
+
+
+def cutout_probability(settings: RandomSearchConfig) -> float:
+    """Return the probability of cutout: only beside drop path, as in a search."""
+    return settings.cutout_prob if settings.drop_path_prob > 0.0 else 0.0
+
+
+def end_epoch(
+    budget: Budget,
+    state: RandomSearchState,
+    run: RunDir,
+    events: Events,
+    rate: float,
+    started: float,
+) -> None:
+    """Write the epoch's line, then the checkpoint, and print a line."""
+    record = {
+        "epoch": state.epoch,
+        "learning_rate": rate,
+        "drop_path_prob": state.supernet.drop_path_prob,
+        "train_loss": state.sums.loss,
+        "train_accuracy": state.sums.accuracy,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    run.append_metrics(record)
+    events.write(record)
+    state.epoch, state.step, state.seconds, state.sums = state.epoch + 1, 0, 0.0, training.Sums()
+    state.records += 1
+    run.save_checkpoint(state.to_checkpoint())
+    print(
+        f"epoch {record['epoch']:>3}/{budget.epochs - 1}  train loss {record['train_loss']:.3f} "
+        f"accuracy {record['train_accuracy']:.1%} under random architectures  "
+        f"{record['seconds']:.1f} s",
+        flush=True,
+    )
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """One of the best of a round, with its validation errors under the shared weights."""
+
+    genotype: Genotype
+    sampled_error: float  # on the sample of batches
+    valid_error: float  # on all
+
+
+def select(
+    settings: RandomSearchConfig,
+    task: Classification,
+    state: RandomSearchState,
+    run: RunDir,
+    stop: training.Stop,
+) -> list[Finalist]:
+    """Return the finalists of all rounds, the best first.
+
+    A round scores random architectures on a few validation batches, the same ones for all, and the
+    best of them on the whole alphas' half. It draws architectures that a genotype can hold, and
+    scores one that it draws twice once.
+    """
+    rounds = Budget.of(settings, task).rounds
+    architectures = Architectures(state.supernet.space, whole=True)
+    selection = Selection(settings, task, state, run, stop)
+    found: list[Finalist] = []
+    for i in range(rounds):
+        key = Draws(settings.seed, pass_index=training.EVALUATION_PASS)
+        steps = range(i * settings.samples, (i + 1) * settings.samples)
+        drawn = [without_none(architectures.draw(key.at(step=step))) for step in steps]
+        sampled = list(dict.fromkeys(drawn))
+        few = task.validation_sample(settings.sample_batches, key.at(step=i))
+        errors = selection.errors_of(2 * i, sampled, few, f"round {i}, random architectures")
+        order = sorted(range(len(sampled)), key=errors.__getitem__)[: settings.finalists]
+        best = [sampled[k] for k in order]
+        whole = task.validation_batches()
+        finals = selection.errors_of(2 * i + 1, best, whole, f"round {i}, finalists")
+        scores = zip(best, (errors[k] for k in order), finals, strict=True)
+        found += [Finalist(*score) for score in scores]
+    return sorted(found, key=lambda finalist: finalist.valid_error)
+
+
+@dataclass
+class Selection:
+    """What the stages of a selection share."""
+
+    settings: RandomSearchConfig
+    task: Classification
+    state: RandomSearchState
+    run: RunDir
+    stop: training.Stop
+
+    def errors_of(
+        self, stage: int, genotypes: Sequence[Genotype], batches: Sequence[Tensor], title: str
+    ) -> list[float]:
+        """Return each architecture's validation error on `batches`, from where the state stands in
+        this stage; print a line.
+        """
+        state = self.state
+        state.errors += [[] for _ in range(stage + 1 - len(state.errors))]
+        errors = state.errors[stage]
+        clock = training.Clock(self.settings.checkpoint_minutes)
+        started = time.monotonic() - state.seconds
+        missing = len(errors) < len(genotypes)
+        for genotype in training.progress(genotypes, len(errors), title):
+            errors.append(
+                validation_error(self.settings, self.task, state, genotype, stage, batches)
+            )
+            state.seconds = time.monotonic() - started
+            if self.stop.asked or clock.due():
+                self.run.save_checkpoint(state.to_checkpoint())
+                clock.reset()
+            if self.stop.asked:
+                folder = self.run.folder
+                raise training.Interrupted(training.resume_command("random_search", folder))
+        if missing:
+            self.run.save_checkpoint(state.to_checkpoint())
+        images = sum(len(rows) for rows in batches)
+        print(
+            f"{title}: {len(genotypes)} on {images} images, validation error {min(errors):.2%} to "
+            f"{max(errors):.2%}  {state.seconds:.1f} s",
+            flush=True,
+        )
+        return errors
+
+
+@torch.no_grad()
+def validation_error(
+    settings: RandomSearchConfig,
+    task: Classification,
+    state: RandomSearchState,
+    genotype: Genotype,
+    stage: int,
+    batches: Sequence[Tensor],
+) -> float:
+    """Return the share of wrong answers of an architecture with the shared weights, in eval mode,
+    augmented as published.
+    """
+    sums, draws = training.Sums(), Draws(settings.seed, pass_index=training.EVALUATION_PASS)
+    cutout = cutout_probability(settings)
+    weights = on_network(one_hot_weights(state.supernet.space, genotype.cells), state.supernet)
+    supernet = state.supernet.eval().restricted(weights)
+    for b, rows in enumerate(batches):
+        key = draws.at(step=(stage << 16) | b)
+        images, labels = task.training_batch(rows, key, cutout, validation=True)
+        logits = supernet(images, weights, key)
+        sums.add(float(task.loss(logits, labels)), logits, labels)
+    return 1.0 - sums.accuracy
+
+
+def announce(
+    settings: RandomSearchConfig,
+    where: dict[str, Any],
+    task: Classification,
+    supernet: Supernet,
+    run: RunDir,
+) -> None:
+    """Print what runs, once."""
+    images, budget = task.images, Budget.of(settings, task)
+    halves = [len(half) for half in images.halves]
+    print(
+        f"random search {supernet.space.name} on {task.describe()}: {halves[0]} images for the "
+        f"weights, {halves[1]} for the selection; one of "
+        f"{Architectures(supernet.space, whole=True).count:.2g} architectures"
+    )
+    print(
+        f"supernet: {settings.layers} cells of {settings.channels} channels, "
+        f"{training.count_parameters(supernet):,} parameters; {budget.steps} steps "
+        f"({budget.epochs} epochs) of batch {settings.batch_size}, then {budget.rounds} x "
+        f"{settings.samples} architectures; seed {settings.seed}"
+    )
+    if settings.preset == "default" and config.has_own_defaults(RandomSearchConfig, settings.data):
+        smaller = f"these are the smaller defaults of {images.name}"
+        print(f"{smaller}; --preset paper has the published ones")
+    print(
+        f"backend {settings.backend}, device {where['device']}, float32, {where['threads']} threads"
+    )
+    print(f"run folder: {run.folder}", flush=True)
+
+
+def finish(
+    settings: RandomSearchConfig,
+    state: RandomSearchState,
+    run: RunDir,
+    finalists: Sequence[Finalist],
+) -> Run:
+    """Write the best finalist's genotype, the picture of its cells and result.json, and print
+    it.
+    """
+    best, space = finalists[0], state.supernet.space
+    table = [
+        {
+            "sampled_error": finalist.sampled_error,
+            "valid_error": finalist.valid_error,
+            "genotype": finalist.genotype.to_dict(),
+        }
+        for finalist in finalists
+    ]
+    training_seconds = sum(record["seconds"] for record in Run.read(run.folder).metrics)
+    result = {
+        "valid_error": best.valid_error,
+        "finalists": table,
+        "training_seconds": training_seconds,
+        "seconds": training_seconds + round(state.seconds, 3),
+    }
+    run.write_text(GENOTYPE, best.genotype.to_json())
+    edges = {
+        kind: [(*edge, None) for edge in best.genotype.edges(kind)] for kind in best.genotype.cells
+    }
+    plots.save_cells(
+        run.folder / "cells.svg", edges, best.genotype.nodes, f"{space.name}, random search"
+    )
+    run.write_json(RESULT, result)
+    print("\ngenotype:")
+    print(best.genotype.describe())
+    print(f"validation error with the shared weights: {best.valid_error:.2%}")
+    print(f"run folder: {run.folder} (genotype.json, cells.svg, result.json: all finalists)")
+    print(f"train it from scratch: python -m rdarts_fast.retrain {run.folder}", flush=True)
+    return Run.read(run.folder)
+
+
+@exit_on_user_error
+def main() -> None:
+    """The command line."""
+    description = (
+        "Search for an architecture at random, scored with weights that all architectures share "
+        "(RS-ws)."
+    )
+    random_search(
+        config_sources.parse(RandomSearchConfig, description, "python -m rdarts_fast.random_search")
+    )
+
+
+if __name__ == "__main__":
+    main()
