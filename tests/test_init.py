@@ -45,7 +45,9 @@ def test_the_version_is_the_one_of_setup_py() -> None:
     assert found is not None and rdarts_fast.__version__ == found[1]
 
 
-@pytest.mark.parametrize("module", ["search", "random_search", "retrain", "info"])
+@pytest.mark.parametrize(
+    "module", ["search", "random_search", "retrain", "analysis", "export", "robust", "info"]
+)
 def test_command_lines_start_without_a_warning(module: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-m", f"rdarts_fast.{module}", "--help"],

@@ -34,7 +34,7 @@ FLOORS = [
     ["tasks", "training", "tracking", "fleet", "tables", "ranks"],
     ["search_state", "evaluation", "protocol"],
     ["rollback"],
-    ["search", "random_search", "retrain", "analysis"],
+    ["search", "random_search", "retrain", "analysis", "export"],
     ["robust", "report", "info"],
     ["__init__"],
 ]
