@@ -232,8 +232,7 @@ def _run_on_ray(jobs: Sequence[Job], config: FleetConfig, progress: _Progress) -
                         progress.died(job, str(error))
                         waiting.appendleft((job, retries + 1))
                     else:
-                        reason = f"{error} (see {log_of(job)})" if error else None
-                        progress.ended(job, reason, retries)
+                        progress.ended(job, _with_log(error, job), retries)
         except BaseException:
             _stop(ray, list(running), progress.report)
             raise
@@ -270,7 +269,14 @@ def _result(ray: Any, ref: Any) -> tuple[str | None, bool]:
     except errors.WorkerCrashedError:
         return "its worker died (killed, out of memory, or crashed)", True
     except errors.RayError as error:  # before the job began: it cannot be unpickled there
-        return _line(getattr(error, "cause", None) or error), False
+        cause = getattr(error, "cause", None) or error
+        text = str(cause).partition("\n")[0]  # a traceback follows
+        return f"its worker could not begin: {type(cause).__name__}: {text}", False
+
+
+def _with_log(error: str | None, job: Job) -> str | None:
+    log = log_of(job)
+    return f"{error} (see {log})" if error and log.exists() else error
 
 
 def _stop(ray: Any, running: list[Any], report: Callable[[str], object]) -> None:
@@ -305,7 +311,7 @@ def _runs_on(node: dict[str, Any], config: FleetConfig) -> int:
         return 0
     shares = {"CPU": config.cpus_per_run, "GPU": config.gpus_per_run}
     has = node["Resources"]
-    # 1e-6: 0.3 / 0.1 is a little less than 3.
+    # 1e-6: 7 / 0.07 is a little less than 100.
     return min(int(has.get(kind, 0) / share + 1e-6) for kind, share in shares.items() if share)
 
 

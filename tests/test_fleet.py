@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -440,6 +441,16 @@ def test_a_run_that_fits_nowhere_is_refused(connected, tmp_path) -> None:
         assert str(caught.value).startswith(message)
 
 
+def test_a_run_that_workers_cannot_import(connected, tmp_path, monkeypatch) -> None:
+    module = types.ModuleType("only_here")
+    exec("def call(folder): pass", module.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    [outcome] = run_jobs([job(tmp_path, "a", module.call)], FleetConfig(fleet="ray"))
+    assert outcome.retries == 0
+    error = "its worker could not begin: RaySystemError: System error: No module named 'only_here'"
+    assert outcome.error == error  # and no log is named, since there is none
+
+
 def test_as_many_runs_as_there_is_room_for(connected) -> None:
     nodes = [
         {"Alive": True, "Resources": {"CPU": 3.0, "GPU": 1.0}},
@@ -449,6 +460,8 @@ def test_as_many_runs_as_there_is_room_for(connected) -> None:
     for cpus, gpus, room in [(1, 0, 4), (2, 0, 1), (0.1, 0, 40), (0.5, 0.25, 4), (1, 1, 1)]:
         config = FleetConfig(fleet="ray", cpus_per_run=cpus, gpus_per_run=gpus)
         assert sum(fleet._runs_on(node, config) for node in nodes) == room
+    config = FleetConfig(fleet="ray", cpus_per_run=0.07)
+    assert 7 / 0.07 < 100 == fleet._runs_on({"Alive": True, "Resources": {"CPU": 7.0}}, config)
 
 
 BY_ADDRESS = """
