@@ -230,3 +230,13 @@ def one_sep() -> torch.Tensor:
     alphas = torch.zeros(14, 8)
     alphas[:, 4] = 1.0  # sep_conv_3x3, which s5 has
     return alphas
+
+
+def test_a_node_may_have_one_input_but_not_in_the_text_form_and_not_none() -> None:
+    one = Genotype({kind: ((("noise", 1),),) for kind in ("normal", "reduce")})
+    assert Genotype.from_json(one.to_json()) == one
+    assert one.edges("normal") == [(1, 2, "noise")]
+    with pytest.raises(UserError, match=r"two inputs a node, normal\[0\] has 1: use the JSON"):
+        one.to_text()
+    with pytest.raises(UserError, match=r"normal\[0\]: a node needs an input"):
+        Genotype({"normal": ((),), "reduce": ((("noise", 1),),)})
