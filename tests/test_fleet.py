@@ -5,6 +5,7 @@ import dataclasses
 import io
 import ipaddress
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -268,14 +269,15 @@ def session(tmp_path_factory) -> Iterator[Session]:
         patch.setattr(tempfile, "tempdir", str(scratch))
         patch.setenv("HOME", str(root / "home"))
         patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # the user's, which is not for this Ray
-        before = surroundings()
+        before, others = surroundings(), descendants()  # other tests' processes
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             outcomes = run_jobs(jobs, RAY, report)
         after = surroundings()
     changed = {k: (v, after[k]) for k, v in before.items() if v != after[k]}
-    left = [*(name for _, name in descendants()), *map(str, scratch.iterdir())]
+    left = [name for number, name in descendants() if (number, name) not in others]
+    left += map(str, scratch.iterdir())
     left += [str(path) for path in root.glob("home/**/*")]
-    scratch.rmdir()
+    shutil.rmtree(scratch)
     by_name = {outcome.job.name: outcome for outcome in outcomes}
     yield Session(root, by_name, lines, printed.getvalue(), listening, changed, left)
 
