@@ -65,7 +65,7 @@ def export_network(
     and network differ by more than TOLERANCE of the largest logit.
     """
     _check(network.genotype, path)
-    evaluated = copy.deepcopy(network).cpu().eval()
+    evaluated = copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format).eval()
     evaluated.auxiliary = None  # in train mode only
     fixed = _Fixed(evaluated).requires_grad_(False)
     shape = (next(network.stem.parameters()).shape[1], *image_size)  # of [3C, C, 3, 3]

@@ -191,6 +191,7 @@ _RETRAINING: _Expected = (
         "holdout": (False,),
         "auxiliary": (True,),
         "auxiliary_weight": (0.4,),
+        "precision": ("float32",),
     }
 )
 _LAST_GENOTYPE = ("", "49")

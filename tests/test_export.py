@@ -93,7 +93,7 @@ def retrained(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_computes_what_the_network_does_at_any_batch(suffix: str, tmp_path: Path) -> None:
-    made = network(MANY, 3, auxiliary=True)
+    made = network(MANY, 3, auxiliary=True).to(memory_format=torch.channels_last)
     before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     path = tmp_path / f"model{suffix}"
     difference = export_network(made, path, (13, 17))  # odd sizes: both reductions pad
@@ -109,6 +109,14 @@ def test_a_file_computes_what_the_network_does_at_any_batch(suffix: str, tmp_pat
             assert_equal(written(images), expected, torch.float32)
     data = path.read_bytes()
     assert str(REPOSITORY).encode() not in data and b"auxiliary" not in data
+
+
+def test_a_compiled_network_is_exported_as_it_is_in_eval_mode(tmp_path: Path) -> None:
+    made, same = network(SMALL, 1), network(SMALL, 1).eval()
+    made.compile()
+    export_network(made, tmp_path / "model.pt2", (8, 8))
+    images = torch.randn(2, 3, 8, 8)
+    assert_equal(load(tmp_path / "model.pt2")(images), same(images), torch.float32)
 
 
 @pytest.mark.parametrize(("suffix", "checkpoint"), [(".pt2", "last"), (".onnx", "best")])

@@ -196,15 +196,17 @@ CHANGED_RETRAINING = {
     "channels": 36, "layers": 20, "learning_rate": 0.05, "learning_rate_min": 0.001,
     "momentum": 0.8, "weight_decay": 5e-4, "grad_clip": 1.0, "drop_path_prob": 0.0, "flip": False,
     "cutout_length": 8, "cutout_prob": 0.5, "auxiliary": False, "auxiliary_weight": 0.2,
-    "genotypes_at": "20", "holdout": True,
+    "genotypes_at": "20", "holdout": True, "precision": "bf16",
 }  # fmt: skip
 # Settings that a run's config has and that change nothing of what is compared.
 FREE_OF_ALL = {
     "data_root", "preset", "out", "seed", "device", "threads", "checkpoint_minutes", "tensorboard",
 }  # fmt: skip
+FREE_RETRAINING = FREE_OF_ALL | {"source", "channels_last", "compile"}
 FREE_SEARCH = FREE_OF_ALL | {
-    "backend", "cutout_length", "cutout_prob", "cutout_schedule", "curvature", "curvature_every",
-    "curvature_decay", "stop_rule", "stop_factor", "stop_window", "stop_delta", "stop_start_epoch",
+    "backend", "oracle", "cutout_length", "cutout_prob", "cutout_schedule",
+    "curvature", "curvature_every", "curvature_decay",
+    "stop_rule", "stop_factor", "stop_window", "stop_delta", "stop_start_epoch",
     "adaptive_factor", "adaptive_max", "adaptive_step", "adaptive_drop_path_max",
 }  # fmt: skip
 
@@ -231,11 +233,11 @@ def test_a_retraining_that_differs_is_named(name: str) -> None:
 def test_every_setting_is_either_compared_or_free() -> None:
     pairs = (
         (search("s2", "cifar100"), set(CHANGED_SEARCH) | FREE_SEARCH),
-        (retraining("s2", "cifar100"), set(CHANGED_RETRAINING) | FREE_OF_ALL | {"source"}),
+        (retraining("s2", "cifar100"), set(CHANGED_RETRAINING) | FREE_RETRAINING),
     )
     for run, known in pairs:
         assert set(run) - known == set()
-    free = dict.fromkeys(FREE_SEARCH, "?"), dict.fromkeys(FREE_OF_ALL | {"source"}, "?")
+    free = dict.fromkeys(FREE_SEARCH, "?"), dict.fromkeys(FREE_RETRAINING, "?")
     runs = search("s2", "cifar100") | free[0], retraining("s2", "cifar100") | free[1]
     assert matches("s2", "cifar100", *runs) is None
 

@@ -170,6 +170,10 @@ class Network(nn.Module):
             raise UserError("--compile: the genotype has noise, which cannot be compiled")
         self._compute = torch.compile(self._compute, *given, **more)  # type: ignore[method-assign]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What was compiled is bound to this network: a copy would compute with its weights.
+        return {name: value for name, value in self.__dict__.items() if name != "_compute"}
+
     def _cells(self) -> list[DiscreteCell]:
         return [cell for cell in self.cells if isinstance(cell, DiscreteCell)]
 
