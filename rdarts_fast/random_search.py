@@ -327,7 +327,7 @@ class Selection:
         images = sum(len(rows) for rows in batches)
         print(
             f"{title}: {len(genotypes)} on {images} images, validation error {min(errors):.2%} to "
-            f"{max(errors):.2%}  {state.seconds:.1f} s",
+            f"{max(errors):.2%}  after {state.seconds:.1f} s",
             flush=True,
         )
         return errors
