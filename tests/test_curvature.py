@@ -378,7 +378,7 @@ def test_what_steps_know() -> None:
     relu = torch.nn.ReLU()
     chain = steps_of(torch.nn.Sequential(norm, relu, convolution, norm))
     assert chain is not None and [type(step).__name__ for step in chain] == [
-        *("Norm", "Gate", "Linear", "Norm")
+        *("Norm", "Mixing", "Norm")
     ]
     for module in (
         torch.nn.Conv2d(4, 4, 1),
