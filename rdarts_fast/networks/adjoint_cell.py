@@ -15,7 +15,7 @@ from torch import Tensor
 from rdarts_fast.kernels.array import MOST_INPUTS
 from rdarts_fast.kernels.node_sum import node_sum_dq
 from rdarts_fast.networks.chain import State
-from rdarts_fast.networks.norm import Norm
+from rdarts_fast.networks.norm import Norm, Sum
 from rdarts_fast.networks.tangent import Gathered
 from rdarts_fast.networks.tangent_cell import Candidate, CellParts
 from rdarts_fast.networks.weighted_sum import Term, sum_of
@@ -105,25 +105,31 @@ class Backward(ABC):
         """Return what a candidate's result has as gradient along direction v."""
 
     @abstractmethod
-    def of_norm(self, c: Candidate) -> Tensor:
+    def of_norm(self, c: Candidate) -> Tensor | Sum:
         """Return the gradients of what a candidate's last batch norm takes."""
 
     @abstractmethod
-    def last(self, norm: Norm, g: Tensor) -> Tensor:
+    def last(self, norm: Norm, g: Tensor) -> Tensor | Sum:
         """Return the gradients of what the last batch norm before a state takes from the state's."""
 
     @abstractmethod
-    def inner(self, norm: Norm, g: Tensor, totals: Tensor | None) -> Tensor:
+    def inner(self, norm: Norm, g: Tensor, totals: Tensor | None) -> Tensor | Sum:
         """Return the gradients of what a batch norm takes from those of its result."""
 
 
 class Gradients(Backward):
     """The loss's gradients: they stay in the candidates and the batch norms."""
 
+    def __init__(self, part: CellParts, weights: Tensor, found: Tensor) -> None:
+        super().__init__(part, weights, found)
+        self._masked: dict[int, Tensor] = {}  # edge -> its node's gradient with its factors
+
     def take(self, c: Candidate, state: State, totals: Tensor) -> None:
         g = self.gathered(state).value()
         if self.part.factors is not None:
-            g = g * self.part.factors[c.edge].view(-1, 1, 1, 1)
+            if c.edge not in self._masked:
+                self._masked[c.edge] = g * self.part.factors[c.edge].view(-1, 1, 1, 1)
+            g = self._masked[c.edge]
         c.gradient = g
         if c.last is not None:
             c.last.take(g, totals[:, 0])
@@ -133,16 +139,16 @@ class Gradients(Backward):
         p = self.weights[c.edge, c.operation]
         return [Term(c.gradient, p.expand(c.gradient.shape[1]))]
 
-    def of_norm(self, c: Candidate) -> Tensor:
+    def of_norm(self, c: Candidate) -> Sum:
         assert c.last is not None
         return c.last.adjoint(self.weights[c.edge, c.operation])
 
-    def last(self, norm: Norm, g: Tensor) -> Tensor:
+    def last(self, norm: Norm, g: Tensor) -> Sum:
         return self.inner(norm, g, None)
 
-    def inner(self, norm: Norm, g: Tensor, totals: Tensor | None) -> Tensor:
+    def inner(self, norm: Norm, g: Tensor, totals: Tensor | None) -> Sum:
         norm.take(g, None if totals is None else totals[:, 0])
-        return norm.adjoint(1.0)
+        return norm.adjoint(torch.ones_like(norm.rstd[0]))
 
 
 class GradientTangents(Backward):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rdarts_fast.kernels.array import empty
-from rdarts_fast.networks.norm import Norm
+from rdarts_fast.networks.norm import Norm, Sum
 from rdarts_fast.networks.tangent import (
     Gate,
     Gathered,
@@ -24,7 +24,7 @@ from rdarts_fast.networks.tangent import (
 
 _BYTES = 4 << 20  # of a tensor that the linear steps take at a time: its memory is used again
 
-Plain = Gate | Linear | Maximum | Mixing | Pool
+Plain = Gate | Linear | Maximum | Pool
 
 
 @dataclass
@@ -84,7 +84,10 @@ class Chain:
                 continue
             if before is not None:
                 x, before = [before.tangent(joined(x))], None
-            if isinstance(step, Norm):
+            if isinstance(step, Mixing):
+                x = [step.tangent([_through(linear, x, n)] if linear else x)]
+                linear = []
+            elif isinstance(step, Norm):
                 x = [_through(linear, x, n)]
                 linear, before = [], step
                 if hessian is None:
@@ -100,9 +103,9 @@ class Chain:
 
     def adjoint(
         self,
-        g: Tensor,
+        g: Tensor | Sum,
         into: Sequence[Gathered],
-        through: Callable[[Norm, Tensor, Tensor | None], Tensor],
+        through: Callable[[Norm, Tensor, Tensor | None], Tensor | Sum],
     ) -> None:
         """Take V gradients back to the states.
 
@@ -117,14 +120,17 @@ class Chain:
             if i == 0 and isinstance(step, Stage | Mixing):
                 step.adjoint_into(g, into)
                 return
-            if isinstance(step, Norm):
-                g, sums = through(step, g, sums), None
-            elif isinstance(step, Stage):
+            if isinstance(step, Stage):
                 g, sums = step.adjoint(g)
-            else:
+                continue
+            if isinstance(step, Mixing):
                 g, sums = step.adjoint(g), None
+                continue
+            whole = _whole(g)
+            g = through(step, whole, sums) if isinstance(step, Norm) else step.adjoint(whole)
+            sums = None
         channels = [one.like.shape[1] for one in into]
-        for one, part in zip(into, g.split(channels, dim=1), strict=True):
+        for one, part in zip(into, _whole(g).split(channels, dim=1), strict=True):
             one.add(part)
 
     def forget(self) -> None:
@@ -132,6 +138,10 @@ class Chain:
         for step in self.steps:
             if isinstance(step, Norm):
                 step.forget()
+
+
+def _whole(g: Tensor | Sum) -> Tensor:
+    return g.whole() if isinstance(g, Sum) else g
 
 
 def _through(steps: Sequence[Plain], x: Sequence[Tensor], samples: int) -> Tensor:

@@ -21,15 +21,34 @@ with dm1 = mean dlambda and dm2 = mean dlambda z_hat + mean lambda dz_hat.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rdarts_fast.kernels import channel_sums
-from rdarts_fast.kernels.array import MOST_INPUTS, empty, empty_like
+from rdarts_fast.kernels.array import MOST_INPUTS, coefficient_dtype, empty, empty_like
 from rdarts_fast.kernels.moments import tangent_moments
 from rdarts_fast.kernels.node_sum import node_sum_dq
+from rdarts_fast.kernels.sep_stage import Affine
 from rdarts_fast.networks.weighted_sum import Term, sum_of
+
+
+class Sum(NamedTuple):
+    """by_g * g + by_z * z + constant, which some read as it stands. g, z: [N, C, H, W]."""
+
+    g: Tensor
+    z: Tensor | None
+    affine: Affine  # [1, C] each
+
+    def whole(self) -> Tensor:
+        """Return it as a tensor."""
+        by_g, by_z, constant, _ = self.affine
+        assert by_g is not None
+        terms = [Term(self.g, by_g[0])]
+        if self.z is not None and by_z is not None and constant is not None:
+            terms.append(Term(self.z, by_z[0], shift=constant[0]))
+        return sum_of(terms)
 
 
 class Norm:
@@ -66,18 +85,15 @@ class Norm:
             totals = totals_of([self.gradient], self.result)[:, 0]
         self.m1, self.m2 = totals.double() / self.count
 
-    def adjoint(self, p: float | Tensor) -> Tensor:
-        """Return the gradient in z where that in z_hat is p lambda."""
+    def adjoint(self, p: Tensor) -> Sum:
+        """Return the gradient in z where that in z_hat is p lambda; p: []."""
         assert self.gradient is not None
+        dtype = coefficient_dtype(self.result.dtype)
         by_gradient = p * self.rstd
         if not self.training:
-            return sum_of([Term(self.gradient, by_gradient)])
-        shift = -by_gradient * self.m1
-        terms = [
-            Term(self.gradient, by_gradient),
-            Term(self.result, -by_gradient * self.m2, shift=shift),
-        ]
-        return sum_of(terms)
+            return Sum(self.gradient, None, Affine(by_gradient.to(dtype)[None]))
+        rows = torch.stack([by_gradient, -by_gradient * self.m2, -by_gradient * self.m1])
+        return Sum(self.gradient, self.result, Affine(*rows.to(dtype)[:, None]))
 
     def measure(self, dz: Tensor) -> None:
         """Take the tangents of z: what they add to the Hessian, `curvature` [V, V], the sums of

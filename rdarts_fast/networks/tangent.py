@@ -28,7 +28,7 @@ from rdarts_fast.kernels.sep_stage import (
     launch_sep_stage_backward,
 )
 from rdarts_fast.networks.composed import pool_of
-from rdarts_fast.networks.norm import Norm
+from rdarts_fast.networks.norm import Norm, Sum
 from rdarts_fast.networks.operations import FactorizedReduce
 from rdarts_fast.networks.plan import depthwise_geometry, halves_of, is_pointwise, is_factorized
 
@@ -177,17 +177,17 @@ class Stage:
         tangents = Tangents(dx.split(len(gate)), gate, *given)
         return gated_stage(tangents, *self._weights, self._geometry)
 
-    def adjoint(self, g: Tensor) -> tuple[Tensor, Tensor]:
+    def adjoint(self, g: Tensor | Sum) -> tuple[Tensor, Tensor]:
         """Return the gradients of what the stage reads, and their sums and those of the gradients
         times that, [2, V, C].
         """
-        into = Gathered(self.gate, len(g) // len(self.gate))
+        into = Gathered(self.gate, _directions(g, self.gate))
         sums = self.adjoint_into(g, [into])
         return into.value(), sums
 
-    def adjoint_into(self, g: Tensor, into: Sequence[Gathered]) -> Tensor:
-        parts = g.split(len(self.gate))
-        out, adds = into[0].room()
+    def adjoint_into(self, g: Tensor | Sum, into: Sequence[Gathered]) -> Tensor:
+        g, z, affine = g if isinstance(g, Sum) else Sum(g, None, Affine())
+        parts, (out, adds) = g.split(len(self.gate)), into[0].room()
         sums = []
         for first in range(0, len(parts), MOST_DIRECTIONS):
             some = parts[first : first + MOST_DIRECTIONS]
@@ -195,8 +195,8 @@ class Stage:
             found, _ = launch_sep_stage_backward(
                 self._operands(count),
                 some,
-                [None] * count,
-                Affine(),
+                [z] * count,
+                affine,
                 out[first : first + count],
                 [adds] * count,
                 wants_sums=True,
@@ -212,56 +212,93 @@ class Stage:
 
 
 class Mixing:
-    """ReLU and a 1x1 convolution, or FactorizedReduce's two (kernels/mixing.py), on one tensor or
-    several whose channels lie side by side.
-
-    apply: the convolutions.
+    """ReLU and a 1x1 convolution, or FactorizedReduce's two of stride 2 (kernels/mixing.py), on one
+    tensor or several whose channels lie side by side.
     """
 
-    def __init__(
-        self, halves: Sequence[nn.Conv2d], stride: int, apply: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, halves: Sequence[nn.Conv2d], stride: int) -> None:
         self._weights = [half.weight.detach().contiguous() for half in halves]
-        self._stride, self._apply = stride, apply
+        self._stride = stride
 
     def primal(self, x: Sequence[Tensor]) -> Tensor:
-        self._x, self._open = list(x), [(part > 0).to(part.dtype) for part in x]
+        self._x = list(x)
         (z,), sums = launch_mixing(self._sources())
         self.sums = sums[:, 0]
         return z
 
-    def tangent(self, dx: Tensor) -> Tensor:
-        """Return the tangents from those of all channels."""
-        first = 0
-        y = torch.empty_like(dx)
-        for part in self._open:
-            some = slice(first, first + part.shape[1])
-            n = len(part)
-            for to, given in zip(y.split(n), dx.split(n), strict=True):
-                torch.mul(given[:, some], part, out=to[:, some])
-            first = some.stop
-        return self._apply(y)
+    def tangent(self, dx: Sequence[Tensor]) -> Tensor:
+        """Return the tangents from those of each tensor; of what moves along fewer directions the
+        rest is zero.
+        """
+        n, channels, h, w = self._sources().out_shape()
+        directions = max(len(part) for part in dx) // n
+        shape = (directions * n, channels, h, w)
+        z = torch.empty(shape, dtype=dx[0].dtype, device=dx[0].device).contiguous(
+            memory_format=torch.channels_last
+        )
+        rows = z.permute(0, 2, 3, 1).view(directions, n * h * w, channels)
+        for v in range(directions):
+            parts = [
+                (x, part[v * n : (v + 1) * n], m)
+                for m, (x, part) in enumerate(zip(self._x, dx, strict=True))
+                if len(part) > v * n
+            ]
+            self._multiply(parts, rows[v])
+        return z
 
-    def adjoint(self, g: Tensor) -> Tensor:
+    def _multiply(self, parts: Sequence[tuple[Tensor, Tensor, int]], out: Tensor) -> None:
+        """Fill out, [N H' W', O], with the tangents along one direction. parts: of the tensors that
+        move the tensor, its tangent, and its place.
+        """
+        for i, (x, dx, m) in enumerate(parts):
+            y = torch.ops.aten.threshold_backward(dx, x, 0.0).permute(0, 2, 3, 1)
+            c, first = x.shape[1], 0
+            for shift, weight in enumerate(self._weights):
+                columns = out[:, first : first + len(weight)]
+                rows = _strided(y, self._stride, shift).reshape(-1, c)
+                own = weight[:, m * c : (m + 1) * c, 0, 0].t()
+                if i:
+                    columns.addmm_(rows, own)
+                elif len(self._weights) == 1:
+                    torch.mm(rows, own, out=columns)
+                else:
+                    columns.copy_(rows @ own)
+                first += len(weight)
+
+    def adjoint(self, g: Tensor | Sum) -> Tensor:
         """Return the gradients of all channels."""
-        into = [Gathered(x, len(g) // len(x)) for x in self._x]
+        into = [Gathered(x, _directions(g, x)) for x in self._x]
         self.adjoint_into(g, into)
         return joined([one.value() for one in into])
 
-    def adjoint_into(self, g: Tensor, into: Sequence[Gathered]) -> None:
+    def adjoint_into(self, g: Tensor | Sum, into: Sequence[Gathered]) -> None:
+        g, z, affine = g if isinstance(g, Sum) else Sum(g, None, Affine())
         rooms = [one.room() for one in into]
         adds = [flag for _, flag in rooms]
-        for v, part in enumerate(g.split(len(g) // into[0].directions)):
+        for v, part in enumerate(g.split(len(self._x[0]))):
             out = [tensors[v] for tensors, _ in rooms]
             launch_mixing_backward(
-                self._sources(), [part], [None], Affine(), out, adds, wants_weights=False
+                self._sources(), [part], [z], affine, out, adds, wants_weights=False
             )
 
     def _sources(self) -> Sources:
         return Sources(self._x, [self._weights], self._stride)
 
 
+def _strided(y: Tensor, stride: int, shift: int) -> Tensor:
+    """Return every stride-th pixel of y, [N, H, W, C], from `shift` on, zeros past the edge."""
+    if stride == 1:
+        return y
+    found = y[:, shift::stride, shift::stride]
+    h, w = (size % stride if shift else 0 for size in y.shape[1:3])
+    return F.pad(found, (0, 0, 0, w, 0, h)) if h or w else found
+
+
 Step = Gate | Linear | Maximum | Pool | Stage | Mixing | Norm
+
+
+def _directions(g: Tensor | Sum, like: Tensor) -> int:
+    return 1 if isinstance(g, Sum) else len(g) // len(like)
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -287,7 +324,7 @@ def steps_of(module: nn.Module) -> list[Step] | None:
         if norm is None:
             return None
         if is_factorized(module):
-            return [Mixing(halves_of(module), 2, module.convolve), *norm]
+            return [Mixing(halves_of(module), 2), *norm]
         return [Gate(), Linear(module.convolve), *norm]
     if type(module) is nn.ReLU:
         return [Gate()]
@@ -335,4 +372,4 @@ def _stage_of(modules: Sequence[nn.Module]) -> Stage | None:
 def _mixing_of(modules: Sequence[nn.Module]) -> Mixing | None:
     if len(modules) < 2 or type(modules[0]) is not nn.ReLU or not is_pointwise(modules[1]):
         return None
-    return Mixing([modules[1]], 1, modules[1])
+    return Mixing([modules[1]], 1)
