@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from rdarts_fast.kernels.array import MOST_INPUTS
-from rdarts_fast.kernels.node_sum import node_sum_dq
+from rdarts_fast.kernels.node_sum import launch_node_sum_dq
 from rdarts_fast.networks.chain import State
-from rdarts_fast.networks.norm import Norm, Sum
+from rdarts_fast.networks.norm import Norm, Sum, by_direction
 from rdarts_fast.networks.tangent import Gathered
 from rdarts_fast.networks.tangent_cell import Candidate, CellParts
 from rdarts_fast.networks.weighted_sum import Term, sum_of
@@ -86,11 +86,12 @@ class Backward(ABC):
             results = [c.result for c in some if c.result is not None]
             sums = []
             for one in g:
-                dscale, dshift, _ = node_sum_dq(one, results, self.part.factors_of(some))
-                sums.append(torch.stack([dshift, dscale]))
-            totals = torch.stack(sums, dim=2).double()  # [2, K, V, C]
+                found, _ = launch_node_sum_dq(one, results, self.part.factors_of(some))
+                sums.append(found.flip(0))
+            totals = torch.stack(sums, dim=2)  # [2, K, V, C]
+            products = totals[1].sum(dim=2)  # [K, V]
             for k, c in enumerate(some):
-                self.found[:, c.edge, c.operation] += totals[1, k].sum(dim=1)
+                self.found[:, c.edge, c.operation] += products[k]
                 self.take(c, state, totals[:, k])
         state.gathered = None
 
@@ -110,7 +111,7 @@ class Backward(ABC):
 
     @abstractmethod
     def last(self, norm: Norm, g: Tensor) -> Tensor | Sum:
-        """Return the gradients of what the last batch norm before a state takes from the state's."""
+        """Return the gradients of what a state's batch norm takes, from those of the state."""
 
     @abstractmethod
     def inner(self, norm: Norm, g: Tensor, totals: Tensor | None) -> Tensor | Sum:
@@ -132,7 +133,7 @@ class Gradients(Backward):
             g = self._masked[c.edge]
         c.gradient = g
         if c.last is not None:
-            c.last.take(g, totals[:, 0])
+            c.last.take(g, totals[:, 0], self.weights[c.edge, c.operation])
 
     def terms(self, c: Candidate, v: int) -> list[Term]:
         assert c.gradient is not None
@@ -141,22 +142,20 @@ class Gradients(Backward):
 
     def of_norm(self, c: Candidate) -> Sum:
         assert c.last is not None
-        return c.last.adjoint(self.weights[c.edge, c.operation])
+        return c.last.adjoint()
 
     def last(self, norm: Norm, g: Tensor) -> Sum:
         return self.inner(norm, g, None)
 
     def inner(self, norm: Norm, g: Tensor, totals: Tensor | None) -> Sum:
         norm.take(g, None if totals is None else totals[:, 0])
-        return norm.adjoint(torch.ones_like(norm.rstd[0]))
+        return norm.adjoint()
 
 
 class GradientTangents(Backward):
     """The tangents of those gradients. dweights: those of the weights, [V, E, O] float64."""
 
-    def __init__(
-        self, part: CellParts, weights: Tensor, found: Tensor, dweights: Tensor
-    ) -> None:
+    def __init__(self, part: CellParts, weights: Tensor, found: Tensor, dweights: Tensor) -> None:
         super().__init__(part, weights, found)
         self.dweights = dweights
         self._of: dict[int, tuple[list[Tensor], Tensor]] = {}  # id -> of the node; its sums
@@ -176,8 +175,8 @@ class GradientTangents(Backward):
     def of_norm(self, c: Candidate) -> Tensor:
         assert c.last is not None
         g, totals = self._of[id(c)]
-        p, dp = self.weights[c.edge, c.operation], self.dweights[:, c.edge, c.operation]
-        return c.last.adjoint_tangent(g, totals, p, dp, self._factors(c))
+        dp = self.dweights[:, c.edge, c.operation]
+        return c.last.adjoint_tangent(g, totals, dp, self._factors(c))
 
     def _factors(self, c: Candidate) -> Tensor | None:
         return None if self.part.factors is None else self.part.factors[c.edge]
@@ -186,4 +185,4 @@ class GradientTangents(Backward):
         return self.inner(norm, g, None)
 
     def inner(self, norm: Norm, g: Tensor, totals: Tensor | None) -> Tensor:
-        return norm.adjoint_tangent(g.split(len(norm.result)), totals)
+        return norm.adjoint_tangent(by_direction(g, norm.result), totals)

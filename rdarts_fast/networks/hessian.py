@@ -10,15 +10,15 @@ O - 1 are computed, the first operation's column is minus the sum of the others.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rdarts_fast import bilevel
-from rdarts_fast.curvature import HessianOperator, Operator
+from rdarts_fast.curvature import HessianOperator
 from rdarts_fast.curvature.operators import check_vectors, flat
 from rdarts_fast.draws import Draws
 from rdarts_fast.networks.passes import SupernetPasses, parts_of
@@ -32,8 +32,8 @@ class SupernetHessian:
     the alphas of the normal cells, then of the reduction cells, flattened. See
     `Supernet.hessian_operator`.
 
-    `value` is the loss, `gradient` its gradient [P]. A product is a pass of tangents forward and back;
-    once `dense` has been computed, it is a product with that.
+    `value` is the loss, `gradient` its gradient [P]. A product lets tangents through the
+    network forward and back (passes.py); once `dense` has been computed, it is one with that.
     """
 
     def __init__(self, passes: SupernetPasses, memory: int) -> None:

@@ -1,6 +1,6 @@
-"""The passes of a supernet on one batch that its second derivatives over the alphas are made of: the
-loss and its gradients at every state and batch norm, tangents along directions of the alphas, and
-the tangents of the gradients.
+"""The passes of a supernet on one batch that its second derivatives over the alphas are made of:
+the loss with its gradients at every state and batch norm, tangents along directions of the alphas,
+and the tangents of the gradients.
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ from rdarts_fast.kernels.sep_stage import (
     launch_sep_stage_backward,
 )
 from rdarts_fast.networks.composed import pool_of
-from rdarts_fast.networks.norm import Norm, Sum
+from rdarts_fast.networks.norm import Norm, Sum, by_direction
 from rdarts_fast.networks.operations import FactorizedReduce
-from rdarts_fast.networks.plan import depthwise_geometry, halves_of, is_pointwise, is_factorized
+from rdarts_fast.networks.plan import depthwise_geometry, halves_of, is_factorized, is_pointwise
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Gathered:
         if self.tensor is None:
             n, *rest = self.like.shape
             self.tensor = empty(self.like, (self.directions * n, *rest), torch.channels_last)
-        return list(self.tensor.split(len(self.like))), adds
+        return by_direction(self.tensor, self.like), adds
 
     def add(self, gradient: Tensor) -> None:
         """Add a gradient; it may be overwritten later."""
@@ -66,7 +66,7 @@ class Gathered:
 
     def parts(self) -> list[Tensor]:
         """Return the sum of each direction."""
-        return list(self.value().split(len(self.like)))
+        return by_direction(self.value(), self.like)
 
 
 class Gate:
@@ -135,7 +135,7 @@ class Pool:
         self._kinds, self._stride = (kind,), stride
 
     def primal(self, x: Tensor) -> Tensor:
-        self._samples, self._size = len(x), x.shape[2:]
+        self._like, self._size = x, x.shape[2:]
         (value,), self._place, sums = launch_pools(x, self._stride, self._kinds)
         self.sums = sums[:, 0]
         return value
@@ -143,14 +143,14 @@ class Pool:
     def tangent(self, dx: Tensor) -> Tensor:
         found = [
             launch_pool_tangent(part, self._stride, self._kinds, self._place)[0]
-            for part in dx.split(self._samples)
+            for part in by_direction(dx, self._like)
         ]
         return _together(found)
 
     def adjoint(self, g: Tensor) -> Tensor:
         found = [
             launch_pool_adjoint([part], self._stride, self._kinds, self._size, self._place)
-            for part in g.split(self._samples)
+            for part in by_direction(g, self._like)
         ]
         return _together(found)
 
@@ -174,8 +174,9 @@ class Stage:
         """
         gate = self.gate
         given = (None,) * 3 if maps is None else (m.to(dx.dtype) for m in maps)
-        tangents = Tangents(dx.split(len(gate)), gate, *given)
-        return gated_stage(tangents, *self._weights, self._geometry)
+        tangents = Tangents(by_direction(dx, gate), gate, *given)
+        depthwise, pointwise = self._weights
+        return gated_stage(tangents, depthwise, pointwise, self._geometry)
 
     def adjoint(self, g: Tensor | Sum) -> tuple[Tensor, Tensor]:
         """Return the gradients of what the stage reads, and their sums and those of the gradients
@@ -187,7 +188,7 @@ class Stage:
 
     def adjoint_into(self, g: Tensor | Sum, into: Sequence[Gathered]) -> Tensor:
         g, z, affine = g if isinstance(g, Sum) else Sum(g, None, Affine())
-        parts, (out, adds) = g.split(len(self.gate)), into[0].room()
+        parts, (out, adds) = by_direction(g, self.gate), into[0].room()
         sums = []
         for first in range(0, len(parts), MOST_DIRECTIONS):
             some = parts[first : first + MOST_DIRECTIONS]
@@ -275,7 +276,7 @@ class Mixing:
         g, z, affine = g if isinstance(g, Sum) else Sum(g, None, Affine())
         rooms = [one.room() for one in into]
         adds = [flag for _, flag in rooms]
-        for v, part in enumerate(g.split(len(self._x[0]))):
+        for v, part in enumerate(by_direction(g, self._x[0])):
             out = [tensors[v] for tensors, _ in rooms]
             launch_mixing_backward(
                 self._sources(), [part], [z], affine, out, adds, wants_weights=False

@@ -52,8 +52,7 @@ def sum_into(
     if not z:
         out.zero_()
     dtype = coefficient_dtype(out.dtype)
-    scale, *others = (None if x is None else x.to(dtype) for x in (scale, factors, shift))
-    assert scale is not None
+    scale, others = scale.to(dtype), [None if x is None else x.to(dtype) for x in (factors, shift)]
     for k in range(0, len(z), MOST_INPUTS):
         some, rows = z[k : k + MOST_INPUTS], scale[k : k + MOST_INPUTS]
         f, s = (None if x is None else x[k : k + MOST_INPUTS] for x in others)
