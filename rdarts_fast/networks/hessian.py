@@ -57,11 +57,12 @@ class SupernetHessian:
         check_vectors(self, v)
         if self._matrix is not None:
             return self._matrix.to(v) @ v
+        if v.numel() == 0:
+            return torch.zeros_like(v)
         columns = v.reshape(len(v), -1).t().to(self.gradient.device, torch.float64)
         fit = max(1, self._memory // self._passes.bytes_a_product())
         found = [self._times(some) for some in columns.split(fit)]
-        product = torch.cat(found).t() if found else torch.zeros_like(columns.t())
-        return product.reshape(v.shape).to(v)
+        return torch.cat(found).t().reshape(v.shape).to(v)
 
     def dense(self) -> Tensor:
         """Return the whole matrix, [P, P] float64."""
