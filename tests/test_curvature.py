@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdarts_fast import bilevel
 from rdarts_fast.curvature import (
     HessianOperator,
     hessian,
@@ -18,13 +17,10 @@ from rdarts_fast.curvature import (
     top_eigenvalue,
     trace,
 )
-from rdarts_fast.draws import Draws
-from rdarts_fast.networks import Supernet, softmax_weights
 from rdarts_fast.networks.hessian import SupernetHessian
 from rdarts_fast.networks.tangent import steps_of
-from rdarts_fast.spaces import OPERATIONS, Space
-
-DOUBLE = torch.float64
+from rdarts_fast.spaces import Space
+from tests.small_hessian import ALL, DOUBLE, SPACES, Net
 
 
 class Matrix:
@@ -216,59 +212,6 @@ def test_published_hessians(name: str) -> None:
     assert quick.value == pytest.approx(PUBLISHED[name], rel=1e-3) and quick.products <= 12
 
 
-# Every operation on each edge of cells with one node: the darts space's 224 rows take two minutes.
-ALL = Space("all", 1, dict.fromkeys(("normal", "reduce"), (OPERATIONS,) * 2))
-SPACES = ["s1", "s2", "s3", "s4", "s5", ALL]
-
-
-class Net:
-    """A small supernet in float64 and a batch; the published network and the one on kernels have
-    the same weights.
-    """
-
-    def __init__(
-        self, space: Space | str, backend: str, dtype: torch.dtype = DOUBLE, seed: int = 1
-    ) -> None:
-        torch.manual_seed(seed)
-        self.supernet = Supernet(space, 4, 3, classes=5, backend=backend).to(dtype)
-        self.supernet.drop_path_prob = 0.3
-        generator = torch.Generator().manual_seed(2)
-        self.alphas = [
-            (300.0 * alpha.detach()).requires_grad_()  # far from the middle of softmax
-            for alpha in self.supernet.initial_alphas(3).values()
-        ]
-        self.images = torch.randn(6, 3, 8, 8, generator=generator, dtype=DOUBLE).to(dtype)
-        self.labels = torch.randint(5, (6,), generator=generator)
-
-    def loss(self) -> Tensor:
-        weights = softmax_weights(dict(zip(("normal", "reduce"), self.alphas, strict=True)))
-        return F.cross_entropy(self.supernet(self.images, weights, Draws(7)), self.labels)
-
-    def hessian(self) -> Tensor:
-        parameters, buffers = list(self.supernet.parameters()), list(self.supernet.buffers())
-        with bilevel.unchanged(buffers), bilevel.frozen(parameters):
-            return hessian(HessianOperator(self.loss, self.alphas))
-
-    def operator(self, draws: Draws = Draws(7), **more: int) -> SupernetHessian | HessianOperator:  # noqa: B008
-        alphas = dict(zip(("normal", "reduce"), self.alphas, strict=True))
-        return self.supernet.hessian_operator(alphas, self.images, self.labels, draws, **more)
-
-    def by_rows(self) -> Tensor:
-        """Return the Hessian by differentiating twice, a row at a time."""
-        gradient = torch.autograd.grad(self.loss(), self.alphas, create_graph=True)
-        rows = [
-            torch.cat(
-                [
-                    row.reshape(-1)
-                    for row in torch.autograd.grad(entry, self.alphas, retain_graph=True)
-                ]
-            )
-            for part in gradient
-            for entry in part.reshape(-1)
-        ]
-        return torch.stack(rows)
-
-
 @pytest.mark.parametrize("space", SPACES, ids=lambda s: getattr(s, "name", s))
 def test_the_hessian_of_a_supernet(space: Space | str) -> None:
     expected = Net(space, "reference").by_rows()
@@ -308,6 +251,7 @@ def test_products_on_darts_whose_nodes_have_more_terms_than_a_launch_takes() -> 
     assert isinstance(operator, SupernetHessian) and operator.dense_products == 196 / 12
     v = torch.randn(224, 2, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     reference = Net("darts", "reference").operator() @ v
+    torch.testing.assert_close(operator @ v, reference, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(operator.dense() @ v, reference, rtol=1e-9, atol=1e-12)
 
 
@@ -315,10 +259,10 @@ def test_products_with_the_hessian_of_a_supernet() -> None:
     net = Net("s1", "fused")
     operator = net.operator()
     v = torch.randn(56, 2, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
-    by_differentiating = operator @ v
+    by_tangents = operator @ v
     assert isinstance(operator, SupernetHessian)
-    torch.testing.assert_close(operator.dense() @ v, by_differentiating, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(operator @ v[:, 0], by_differentiating[:, 0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(operator.dense() @ v, by_tangents, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(operator @ v[:, 0], by_tangents[:, 0], rtol=1e-9, atol=1e-12)
     with pytest.raises(ValueError, match=r"v: expected shape \(56,\) or \(56, V\), got \(55,\)"):
         operator @ v[:55, 0]
     assert top_eigenvalue(operator).products == operator.dense_products == 28 / 12
@@ -378,7 +322,7 @@ def test_what_steps_know() -> None:
     relu = torch.nn.ReLU()
     chain = steps_of(torch.nn.Sequential(norm, relu, convolution, norm))
     assert chain is not None and [type(step).__name__ for step in chain] == [
-        *("Norm", "Gate", "Linear", "Norm")
+        *("Norm", "Mixing", "Norm")
     ]
     for module in (
         torch.nn.Conv2d(4, 4, 1),

@@ -251,6 +251,36 @@ def launch_node_sum(
     return out
 
 
+def launch_node_sum_dq(
+    g: Tensor,
+    z: Sequence[Tensor],
+    factors: Tensor | None,
+    key: Key | None = None,
+    drawn_factors: Tensor | None = None,
+    pivot: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return node_sum_dq(...), not differentiable: dscale and dshift, [2, K, C], and dweights [J],
+    float64.
+    """
+    factors, drawn_factors = map(array.contiguous, (factors, drawn_factors))
+    pivot = None if pivot is None else array.contiguous(pivot.double())
+    shape, place = tuple(g.shape), native.place(g.device)
+    count, sites = 2 * len(z) * shape[1], 0 if key is None else len(key[1])
+    space = native.extension.workspace(shape, len(z), sites, place)
+    buffer = torch.empty(count + sites + space, dtype=torch.float64, device=g.device)
+    native.extension.node_sum_dq(
+        array.DTYPES[g.dtype],
+        shape,
+        array.flat((g, *z)),
+        array.address(pivot),
+        array.address(factors),
+        native_noise(key, None, drawn_factors),
+        array.address(buffer),
+        place,
+    )
+    return buffer[:count].view(2, len(z), shape[1]), buffer[count : count + sites]
+
+
 def launch_affine(
     g: Tensor | None,
     z: Sequence[Tensor | None],
@@ -347,28 +377,13 @@ class _NodeSumDq(Function):
         ctx.key = key
         ctx.save_for_backward(g, factors, drawn_factors, pivot, *z)
         dtype = array.coefficient_dtype(g.dtype)
-        sites = 0 if key is None else len(key[1])
         if g.device.type == "meta":
+            sites = 0 if key is None else len(key[1])
             weights = torch.empty(sites, dtype=dtype, device=g.device)
             return node_sum_dq_twin(g, z, factors, noise_of(key, weights, drawn_factors), pivot)
-        factors, drawn_factors = map(array.contiguous, (factors, drawn_factors))
-        pivot = None if pivot is None else array.contiguous(pivot.double())
-        shape, place = tuple(g.shape), native.place(g.device)
-        sums = 2 * len(z) * shape[1]
-        space = native.extension.workspace(shape, len(z), sites, place)
-        buffer = torch.empty(sums + sites + space, dtype=torch.float64, device=g.device)
-        native.extension.node_sum_dq(
-            array.DTYPES[g.dtype],
-            shape,
-            array.flat((g, *z)),
-            array.address(pivot),
-            array.address(factors),
-            native_noise(key, None, drawn_factors),
-            array.address(buffer),
-            place,
-        )
-        dscale, dshift = buffer[:sums].to(dtype).view(2, len(z), shape[1])
-        return dscale, dshift, buffer[sums : sums + sites].to(dtype)
+        sums, drawn = launch_node_sum_dq(g, z, factors, key, drawn_factors, pivot)
+        dscale, dshift = sums.to(dtype)
+        return dscale, dshift, drawn.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, a: Tensor, b: Tensor, c: Tensor) -> Any:

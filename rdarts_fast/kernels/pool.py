@@ -131,6 +131,20 @@ def launch_pool_adjoint(
     return dx
 
 
+def launch_pool_tangent(x: Tensor, stride: int, kinds: Kinds, place: Optional) -> list[Tensor]:
+    """Return the tangents of the pools from that of what is pooled, [N, C, H, W]."""
+    values = [_empty(x, stride, x.dtype) for _ in kinds]
+    if x.device.type != "meta":
+        native.extension.pool_tangent(
+            array.DTYPES[x.dtype],
+            tuple(x.shape),
+            stride,
+            array.flat((x, *_by_kind(kinds, values), place)),
+            native.place(x.device),
+        )
+    return values
+
+
 class _Pools(Function):
     @staticmethod
     def forward(ctx: Any, stride: int, kinds: Kinds, x: Tensor) -> tuple[Tensor, ...]:
@@ -172,16 +186,7 @@ class _PoolTangent(Function):
         ctx.stride, ctx.kinds, ctx.size = stride, kinds, x.shape[2:]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(place)
-        values = tuple(_empty(x, stride, x.dtype) for _ in kinds)
-        if x.device.type != "meta":
-            native.extension.pool_tangent(
-                array.DTYPES[x.dtype],
-                tuple(x.shape),
-                stride,
-                array.flat((x, *_by_kind(kinds, values), place)),
-                native.place(x.device),
-            )
-        return values
+        return tuple(launch_pool_tangent(x, stride, kinds, place))
 
     @staticmethod
     def backward(ctx: Any, *g: Optional) -> Any:

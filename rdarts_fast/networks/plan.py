@@ -214,7 +214,7 @@ class Plan:
                 stages.rows.append(row)
             source.stages.append(stages)
         elif kind[0] == "reduction":
-            halves = [_halves(module) for module in modules]
+            halves = [halves_of(module) for module in modules]
             norms = [module.bn for module in modules]
             source.reductions.append(Reduction(2, kind[1], edges, halves, norms, row))
         elif kind[0] == "pool":
@@ -290,7 +290,7 @@ def _kind(module: nn.Module) -> Kind:
     """Return what candidates must share to be one launch."""
     if type(module) is nn.Identity:
         return ("skip",)
-    if _is_reduction(module) and (rule := rule_of(module.bn)):
+    if is_factorized(module) and (rule := rule_of(module.bn)):
         return ("reduction", rule)
     if type(module) is nn.Sequential:
         pool = pool_of(module)
@@ -351,20 +351,20 @@ def is_pointwise(module: nn.Module, stride: int = 1) -> TypeGuard[nn.Conv2d]:
     return found == ((1, 1), (stride, stride), (0, 0), (1, 1))
 
 
-def _is_reduction(module: nn.Module) -> TypeGuard[FactorizedReduce]:
+def is_factorized(module: nn.Module) -> TypeGuard[FactorizedReduce]:
     if type(module) is not FactorizedReduce:
         return False
-    return all(is_pointwise(half, 2) for half in _halves(module))
+    return all(is_pointwise(half, 2) for half in halves_of(module))
 
 
-def _halves(module: FactorizedReduce) -> list[nn.Conv2d]:
+def halves_of(module: FactorizedReduce) -> list[nn.Conv2d]:
     return [half for half in (module.conv_1, module.conv_2) if half is not None]
 
 
 def _preprocessing(module: nn.Module) -> Reduction | None:
     """Return what brings a cell's input to its channels; None where it has no kernel."""
-    if _is_reduction(module) and (rule := rule_of(module.bn)):
-        return Reduction(2, rule, [], [_halves(module)], [module.bn])
+    if is_factorized(module) and (rule := rule_of(module.bn)):
+        return Reduction(2, rule, [], [halves_of(module)], [module.bn])
     if type(module) is not nn.Sequential or len(module) != 3:
         return None
     relu, convolution, norm = module

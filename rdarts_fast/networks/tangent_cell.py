@@ -1,5 +1,5 @@
 """A cell of the supernet as chains (chain.py): its primal pass, and the tangents of V directions of
-the alphas through it.
+the alphas through it. adjoint_cell.py takes gradients back through it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from rdarts_fast.draws import Draws
-from rdarts_fast.kernels.array import MOST_INPUTS, empty
-from rdarts_fast.kernels.node_sum import launch_node_sum
+from rdarts_fast.kernels.array import empty
 from rdarts_fast.networks.chain import Chain, State
+from rdarts_fast.networks.norm import Norm, products
 from rdarts_fast.networks.operations import Noise, Zero, drop_path_factors
-from rdarts_fast.networks.tangent import Norm, products, steps_of
+from rdarts_fast.networks.tangent import steps_of
+from rdarts_fast.networks.weighted_sum import sum_into
 from rdarts_fast.spaces import INPUTS, edges_into
 
 
@@ -72,77 +73,63 @@ class CellParts:
         return cls(cell, found, nodes)
 
     def primal(
-        self,
-        before: list[list[State]],
-        weights: Tensor,
-        draws: Draws,
-        drop_path: float,
-        inner: list[tuple[Norm, Tensor]],
+        self, before: list[list[State]], weights: Tensor, draws: Draws, drop_path: float
     ) -> list[State]:
-        """Compute the cell; return the states that make up its output."""
+        """Compute the cell; return the states that make up its output. weights: [E, O]."""
         cell, self.before = self.cell, before
         like = before[0][0].value
         if drop_path > 0.0 and cell.training:
             self.factors = drop_path_factors(draws, cell.site, len(cell.edges), like, drop_path)
         self.states = []
         for chain, states in zip(self.inputs, before, strict=True):
-            x = chain.primal(states, inner)
-            assert chain.last is not None
-            if not chain.last.still:
-                inner.append((chain.last, x))
-            self.states.append(State(x))
+            self.states.append(State(chain.primal(states), any(s.moves for s in states)))
         for candidates in self.nodes:
-            terms = [self._term(candidate, weights, draws, inner) for candidate in candidates]
-            if not terms:
-                stride = 2 if cell.kind == "reduce" else 1
-                terms = [torch.zeros_like(self.states[0].value[:, :, ::stride, ::stride])]
-            value = torch.stack(terms).sum(dim=0) if len(terms) > 1 else terms[0]
-            self.states.append(State(value.contiguous(memory_format=torch.channels_last)))
+            for candidate in candidates:
+                candidate.result = self._result(candidate, draws)
+            self.states.append(State(self._sum(candidates, weights), True))
         return self.states[INPUTS:]
 
-    def _term(
-        self,
-        candidate: Candidate,
-        weights: Tensor,
-        draws: Draws,
-        inner: list[tuple[Norm, Tensor]],
-    ) -> Tensor:
+    def _result(self, candidate: Candidate, draws: Draws) -> Tensor:
         state = self.states[candidate.source]
         if candidate.chain is None:
             module = self.cell.edges[candidate.edge].operations[candidate.operation]
-            x = module(state.value.detach(), draws)
+            x: Tensor = module(state.value, draws)
         else:
-            x = candidate.chain.primal([state], inner)
-        candidate.result = x.detach().contiguous(memory_format=torch.channels_last)
-        term: Tensor = weights[candidate.edge, candidate.operation] * x
-        if self.factors is not None:
-            term = term * self.factors[candidate.edge].view(-1, 1, 1, 1)
-        return term
+            x = candidate.chain.primal([state])
+        return x.contiguous(memory_format=torch.channels_last)
 
-    def take(self, gradients: Sequence[Tensor]) -> None:
-        """Take the gradients of the nodes."""
-        for candidates, gradient in zip(self.nodes, gradients, strict=True):
-            plain = gradient.contiguous(memory_format=torch.channels_last)
-            for candidate in candidates:
-                g = plain
-                if self.factors is not None:
-                    g = plain * self.factors[candidate.edge].view(-1, 1, 1, 1)
-                candidate.gradient = g
-                if candidate.last is not None:
-                    candidate.last.take(g)
+    def _sum(self, candidates: Sequence[Candidate], weights: Tensor) -> Tensor:
+        """Return a node from its candidates' results."""
+        if not candidates:
+            stride = 2 if self.cell.kind == "reduce" else 1
+            none = torch.zeros_like(self.states[0].value[:, :, ::stride, ::stride])
+            return none.contiguous(memory_format=torch.channels_last)
+        z = [c.result for c in candidates if c.result is not None]
+        out = empty(z[0], z[0].shape, torch.channels_last)
+        scale = torch.stack([weights[c.edge, c.operation].expand(out.shape[1]) for c in candidates])
+        sum_into(out, z, scale, self.factors_of(candidates))
+        return out
 
-    def tangent(self, weights: Tensor, dweights: Tensor, along: Tensor, hessian: Tensor) -> None:
+    def factors_of(self, candidates: Sequence[Candidate]) -> Tensor | None:
+        """Return drop path's factors of some candidates, [K, N]."""
+        return None if self.factors is None else self.factors[[c.edge for c in candidates]]
+
+    def tangent(
+        self, weights: Tensor, dweights: Tensor, along: Tensor, hessian: Tensor | None
+    ) -> None:
         """Let the tangents of V directions through the cell.
 
         weights: [E, O]. dweights: theirs, [V, E, O]. along: [V, E, O], to which the sums of the
-        gradients with each candidate's tangents are added. hessian: [V, V], likewise.
+        gradients with each candidate's tangents are added. hessian: [V, V], likewise; without one
+        all is kept that the way back needs.
         """
         for i, (chain, states) in enumerate(zip(self.inputs, self.before, strict=True)):
             dz = chain.tangent(states, hessian)
             if dz is not None:
                 assert chain.last is not None
-                d = chain.last.directions
-                hessian[:d, :d] += chain.last.curvature
+                if hessian is not None:
+                    d = chain.last.directions
+                    hessian[:d, :d] += chain.last.curvature
                 dz = chain.last.tangent(dz)
             self.states[i].tangent = dz
         for node, candidates in enumerate(self.nodes):
@@ -150,8 +137,21 @@ class CellParts:
             state = self.states[INPUTS + node]
             state.tangent = self._node(candidates, terms, weights, dweights, state.value)
 
+    def norms(self) -> list[Norm]:
+        """Return all batch norms."""
+        chains = [c.chain for node in self.nodes for c in node if c.chain is not None]
+        steps = [step for chain in (*self.inputs, *chains) for step in chain.steps]
+        return [step for step in steps if isinstance(step, Norm)]
+
+    def forget(self) -> None:
+        """Drop all tangents."""
+        for norm in self.norms():
+            norm.forget()
+        for state in self.states:
+            state.tangent = None
+
     def _tangent_of(
-        self, c: Candidate, weights: Tensor, along: Tensor, hessian: Tensor
+        self, c: Candidate, weights: Tensor, along: Tensor, hessian: Tensor | None
     ) -> Tensor | None:
         """Return the tangents of a candidate, before its last batch norm where it has one."""
         if c.chain is None:
@@ -162,7 +162,8 @@ class CellParts:
         last = c.last
         if last is not None:
             d, p = last.directions, weights[c.edge, c.operation].double()
-            hessian[:d, :d] += p * last.curvature
+            if hessian is not None:
+                hessian[:d, :d] += p * last.curvature
             along[:d, c.edge, c.operation] += last.along
         else:
             assert c.gradient is not None
@@ -224,7 +225,7 @@ class CellParts:
             factors = None
             if self.factors is not None:
                 factors = self.factors[[candidates[i // 2].edge for i in at]]
-            _sum_into(part, z, scales[v].flatten(0, 1)[at], factors)
+            sum_into(part, z, scales[v].flatten(0, 1)[at], factors)
             if shift is not None:
                 part += shift[v].to(part.dtype)[..., None, None]
         return out
@@ -237,17 +238,3 @@ class CellParts:
             return constant.sum(dim=1, keepdim=True)
         factors = self.factors[[c.edge for c in candidates]].double()  # [K, N]
         return torch.einsum("vkc,kn->vnc", constant, factors)
-
-
-def _sum_into(out: Tensor, z: Sequence[Tensor], scale: Tensor, factors: Tensor | None) -> None:
-    """Fill `out` with the weighted sum of z."""
-    if not z:
-        out.zero_()
-    for k in range(0, len(z), MOST_INPUTS):
-        some, rows = z[k : k + MOST_INPUTS], scale[k : k + MOST_INPUTS]
-        f = None if factors is None else factors[k : k + MOST_INPUTS]
-        if k:
-            found = launch_node_sum(None, rows, None, f, None, None, some)
-            out += found
-        else:
-            launch_node_sum(None, rows, None, f, None, None, some, out)
