@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rdarts_fast.genotype import Genotype, discretize
     from rdarts_fast.networks import Network, Supernet
     from rdarts_fast.random_search import run_random_search
+    from rdarts_fast.report import write_report
     from rdarts_fast.retrain import run_retraining
     from rdarts_fast.robust import run_robust
     from rdarts_fast.run_dir import Run
@@ -37,6 +38,7 @@ __all__ = [
     "run_retraining",
     "run_robust",
     "run_search",
+    "write_report",
 ]
 
 _HOMES = {
@@ -51,6 +53,7 @@ _HOMES = {
     "run_retraining": "retrain",
     "run_robust": "robust",
     "run_search": "search",
+    "write_report": "report",
 }
 _MODULES = ("bilevel", "genotype", "networks", "search", "spaces")
 

@@ -31,7 +31,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -53,6 +53,7 @@ _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _HELD_ELSEWHERE = (errno.EAGAIN, errno.EACCES)
 _PLAIN = (bool, int, float, str, type(None))
+_Read = TypeVar("_Read")
 
 
 class RunDir:
@@ -251,6 +252,39 @@ class Run:
             genotype=_read_genotype(folder / GENOTYPE),
             result=_read_object(folder / RESULT) if (folder / RESULT).exists() else None,
         )
+
+    @classmethod
+    def salvage(cls, folder: Path) -> tuple[Run, list[str]]:
+        """Read what is whole of a run folder, and say in a line each what is not.
+
+        Raises UserError where it is no run or its settings cannot be read.
+        """
+        folder = Path(folder)
+        _check_run(folder)
+        notes: list[str] = []
+        config = _read_object(folder / CONFIG)
+
+        def whole(read: Callable[[Path], _Read], name: str) -> _Read | None:
+            try:
+                return read(folder / name)
+            except (UserError, RecursionError) as error:
+                notes.append(str(error))
+                return None
+
+        environment = whole(_read_object, ENVIRONMENT) or {}
+        metrics = whole(lambda path: _whole_records(path, notes), METRICS) or []
+        genotype = whole(_read_genotype, GENOTYPE)
+        result = whole(_read_object, RESULT) if (folder / RESULT).exists() else None
+        return cls(folder, config, environment, metrics, genotype, result), notes
+
+    @property
+    def holder(self) -> str | None:
+        """The process that writes to the folder as its lock names it, None where none does. A
+        process that was killed still stands there.
+        """
+        with suppress(OSError):
+            return (self.folder / LOCK).read_text(errors="replace").partition("\n")[0] or None
+        return None
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -502,6 +536,21 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         data = path.read_bytes() if path.exists() else b""
     lines = enumerate(_whole_lines(data), start=1)
     return [_parse_object(f"{path} line {number}", line) for number, line in lines]
+
+
+def _whole_records(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Read the records that are whole; a line for each other goes to `notes`."""
+    with _explained("read", path):
+        data = path.read_bytes()
+    records = []
+    for number, line in enumerate(_whole_lines(data), start=1):
+        try:
+            records.append(_parse_object(f"{path} line {number}", line))
+        except (UserError, RecursionError) as error:
+            notes.append(str(error))
+    if not data.endswith(b"\n") and data:
+        notes.append(f"{path}: half a line at the end, of an epoch that was not finished")
+    return records
 
 
 def _whole_lines(data: bytes) -> list[bytes]:

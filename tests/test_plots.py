@@ -224,8 +224,8 @@ def test_no_two_texts_overlap(monkeypatch: pytest.MonkeyPatch, name: str) -> Non
 def test_texts_fit_their_boxes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     figure = figure_of(monkeypatch, GENOTYPES[name])
     for ax, edges in zip(figure.axes, GENOTYPES[name].values(), strict=True):
-        styles = drawing._styles(e[2] for cell in GENOTYPES[name].values() for e in cell)
-        layout = drawing._lay_out(edges, 4, 2, styles)
+        styles = drawing.styles_of(e[2] for cell in GENOTYPES[name].values() for e in cell)
+        layout = drawing.lay_out(edges, 4, 2, styles)
         texts = {text.get_position(): text.get_window_extent() for text in ax.texts}
         for place in [*layout.labels, *layout.nodes, *layout.inputs, layout.output]:
             text = texts[place.x, place.y]
@@ -243,7 +243,7 @@ def clearance(box: drawing._Box, points: np.ndarray) -> float:
 
 def check_layout(edges: list[Edge], nodes: int, inputs: int) -> None:
     """Routes keep off the nodes they do not serve, labels off routes, nodes and each other."""
-    layout = drawing._lay_out(edges, nodes, inputs, drawing._styles(edge[2] for edge in edges))
+    layout = drawing.lay_out(edges, nodes, inputs, drawing.styles_of(edge[2] for edge in edges))
     states = layout.inputs + layout.nodes
     points = [route.points() for route in layout.routes]
     left, right, bottom, top = layout.limits
@@ -292,7 +292,7 @@ def test_a_whole_supernet_cell_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None
     check_layout(double, 2, 2)
 
 
-def crossings(layout: drawing._Layout) -> int:
+def crossings(layout: drawing.Layout) -> int:
     """How often the drawn courses of two edges cross, by the signs of their pieces' corners."""
     count = 0
     for one, other in itertools.combinations([route.points() for route in layout.routes], 2):
@@ -320,15 +320,15 @@ def crossings(layout: drawing._Layout) -> int:
 )
 def test_edges_cross_only_where_they_must(name: str, kind: str, expected: int) -> None:
     edges = GENOTYPES[name][kind]
-    layout = drawing._lay_out(
-        edges, nodes_of(GENOTYPES[name]), 2, drawing._styles(e[2] for e in edges)
+    layout = drawing.lay_out(
+        edges, nodes_of(GENOTYPES[name]), 2, drawing.styles_of(e[2] for e in edges)
     )
     assert crossings(layout) == expected
 
 
 def test_edges_of_the_two_inputs_keep_to_their_sides() -> None:
     edges = GENOTYPES["skip only"]["normal"]
-    layout = drawing._lay_out(edges, 4, 2, drawing._styles([SKIP]))
+    layout = drawing.lay_out(edges, 4, 2, drawing.styles_of([SKIP]))
     for (source, _, _, _), route in zip(edges, layout.routes, strict=True):
         assert (route.y > 0) == (source == 0)
     for state, place in enumerate(layout.inputs):
@@ -357,7 +357,7 @@ def test_darts_operations_differ_in_colour_alone() -> None:
 
 
 def test_unknown_operations_get_colours_left_over() -> None:
-    styles = drawing._styles([SKIP, SEP, "b_new", "a_new", *map(str, range(20))])
+    styles = drawing.styles_of([SKIP, SEP, "b_new", "a_new", *map(str, range(20))])
     assert list(styles)[:2] == [SKIP, SEP]
     known = {styles[SKIP].color, styles[SEP].color}
     assert not known & {style.color for name, style in styles.items() if name not in (SKIP, SEP)}

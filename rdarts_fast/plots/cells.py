@@ -31,7 +31,9 @@ _SOLID, _DASHED, _DOTTED, _MIXED = (), (3.2, 1.4), (1.2, 1.4), (4.0, 1.3, 1.2, 1
 
 
 @dataclass(frozen=True)
-class _Style:
+class Style:
+    """How an operation's edges look; dashes in units of the line's width."""
+
     short: str
     name: str
     color: str
@@ -39,18 +41,18 @@ class _Style:
     hollow: bool = False
 
 
-_STYLES: Mapping[str, _Style] = {
-    "skip_connect": _Style("skip", "skip connection", "#D55E00", hollow=True),
-    "sep_conv_3x3": _Style("sep 3x3", "separable convolution 3x3", "#0072B2"),
-    "sep_conv_5x5": _Style("sep 5x5", "separable convolution 5x5", "#56B4E9"),
-    "sep_conv_7x7": _Style("sep 7x7", "separable convolution 7x7", "#56B4E9", _MIXED),
-    "dil_conv_3x3": _Style("dil 3x3", "dilated convolution 3x3", "#009E73", _DASHED),
-    "dil_conv_5x5": _Style("dil 5x5", "dilated convolution 5x5", "#E69F00", _DASHED),
-    "conv_7x1_1x7": _Style("1x7 7x1", "convolutions 1x7, 7x1", "#F0E442", _MIXED),
-    "max_pool_3x3": _Style("max pool", "maximum pooling 3x3", "#CC79A7", _DOTTED),
-    "avg_pool_3x3": _Style("avg pool", "average pooling 3x3", "#F0E442", _DOTTED),
-    "noise": _Style("noise", "Gaussian noise", "#000000", _MIXED),
-    "none": _Style("none", "zero", "#999999", _DOTTED),
+_STYLES: Mapping[str, Style] = {
+    "skip_connect": Style("skip", "skip connection", "#D55E00", hollow=True),
+    "sep_conv_3x3": Style("sep 3x3", "separable convolution 3x3", "#0072B2"),
+    "sep_conv_5x5": Style("sep 5x5", "separable convolution 5x5", "#56B4E9"),
+    "sep_conv_7x7": Style("sep 7x7", "separable convolution 7x7", "#56B4E9", _MIXED),
+    "dil_conv_3x3": Style("dil 3x3", "dilated convolution 3x3", "#009E73", _DASHED),
+    "dil_conv_5x5": Style("dil 5x5", "dilated convolution 5x5", "#E69F00", _DASHED),
+    "conv_7x1_1x7": Style("1x7 7x1", "convolutions 1x7, 7x1", "#F0E442", _MIXED),
+    "max_pool_3x3": Style("max pool", "maximum pooling 3x3", "#CC79A7", _DOTTED),
+    "avg_pool_3x3": Style("avg pool", "average pooling 3x3", "#F0E442", _DOTTED),
+    "noise": Style("noise", "Gaussian noise", "#000000", _MIXED),
+    "none": Style("none", "zero", "#999999", _DOTTED),
 }
 _PANEL, _END_FILL = "#F4F5F7", "#DFE2E7"
 _PALE = 0.75  # luminance above which a line on white needs an outline
@@ -88,7 +90,9 @@ class _Route:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
+    """Where the parts of a cell are, in inches."""
+
     inputs: list[_Box]
     nodes: list[_Box]
     output: _Box
@@ -119,8 +123,8 @@ def draw_cell(
     intermediate nodes follow. inputs: one or two names, as math text. Raises ValueError at an edge
     that does not lead from an earlier state to an intermediate node.
     """
-    styles = _styles(edge[2] for edge in edges)
-    _draw(ax, edges, _lay_out(edges, nodes, len(inputs), styles), title, inputs, styles)
+    styles = styles_of(edge[2] for edge in edges)
+    _draw(ax, edges, lay_out(edges, nodes, len(inputs), styles), title, inputs, styles)
 
 
 def save_cells(
@@ -136,8 +140,8 @@ def save_cells(
     file cannot be written.
     """
     check_suffix(path)
-    styles = _styles(edge[2] for edges in cells.values() for edge in edges)
-    layouts = [_lay_out(edges, nodes, len(inputs), styles) for edges in cells.values()]
+    styles = styles_of(edge[2] for edges in cells.values() for edge in edges)
+    layouts = [lay_out(edges, nodes, len(inputs), styles) for edges in cells.values()]
     sizes = [(box[1] - box[0], box[3] - box[2]) for box in (layout.limits for layout in layouts)]
     figure, axes = _panels(sizes, title, styles)
     for ax, kind, edges, layout in zip(axes, cells, cells.values(), layouts, strict=True):
@@ -149,9 +153,8 @@ def save_cells(
 # Layout
 
 
-def _lay_out(
-    edges: Sequence[Edge], nodes: int, inputs: int, styles: Mapping[str, _Style]
-) -> _Layout:
+def lay_out(edges: Sequence[Edge], nodes: int, inputs: int, styles: Mapping[str, Style]) -> Layout:
+    """Return where everything of a cell goes; see draw_cell."""
     _check_edges(edges, nodes, inputs)
     columns = [0] * inputs + list(range(1, nodes + 1))  # of each state
     spans = [(columns[source], columns[target]) for source, target, _, _ in edges]
@@ -168,7 +171,7 @@ def _lay_out(
     ]
     left, right = _END[0] / 2 + 0.75 * _FAN, xs[-1] + _MARGIN
     top, bottom = (_lane_y(max([1, *(side * lane for lane in lanes)])) + 0.27 for side in (1, -1))
-    return _Layout(
+    return Layout(
         inputs=boxes[:inputs],
         nodes=boxes[inputs:],
         output=_Box(right + _OUTPUT, 0.0, *_END),
@@ -313,7 +316,7 @@ def _place_labels(routes: Sequence[_Route], widths: Sequence[float]) -> list[_Bo
     return labels
 
 
-def _label(edge: Edge, styles: Mapping[str, _Style]) -> str:
+def _label(edge: Edge, styles: Mapping[str, Style]) -> str:
     short = styles[edge[2]].short
     return short if edge[3] is None else f"{short}  {edge[3]:.2f}"
 
@@ -327,7 +330,7 @@ def _text_width(text: str, size: float = _FONT, weight: str = "normal") -> float
     return float(width) / 72
 
 
-def _styles(operations: Iterable[str]) -> dict[str, _Style]:
+def styles_of(operations: Iterable[str]) -> dict[str, Style]:
     """The style of each operation, in the table's order; unknown ones get the colours left over."""
     present = set(operations)
     styles = {name: style for name, style in _STYLES.items() if name in present}
@@ -335,7 +338,7 @@ def _styles(operations: Iterable[str]) -> dict[str, _Style]:
     left = [color for color in PALETTE if color not in taken] or PALETTE
     looks = itertools.cycle(itertools.product((_SOLID, _DASHED, _DOTTED, _MIXED), left))
     for name, (dashes, color) in zip(sorted(present - set(styles)), looks, strict=False):
-        styles[name] = _Style(name.replace("_", " "), name, color, dashes)
+        styles[name] = Style(name.replace("_", " "), name, color, dashes)
     return styles
 
 
@@ -345,10 +348,10 @@ def _styles(operations: Iterable[str]) -> dict[str, _Style]:
 def _draw(
     ax: Axes,
     edges: Sequence[Edge],
-    layout: _Layout,
+    layout: Layout,
     title: str,
     inputs: Sequence[str],
-    styles: Mapping[str, _Style],
+    styles: Mapping[str, Style],
 ) -> None:
     _draw_box(ax, layout.panel, _PANEL, _PANEL, 0)
     for i, (edge, route) in enumerate(zip(edges, layout.routes, strict=True)):
@@ -392,7 +395,7 @@ def _write(ax: Axes, place: _Box, text: str, **look: Any) -> None:
     ax.text(place.x, place.y, text, **(usual | look))
 
 
-def _draw_route(ax: Axes, route: _Route, style: _Style, zorder: float) -> None:
+def _draw_route(ax: Axes, route: _Route, style: Style, zorder: float) -> None:
     from matplotlib.patches import PathPatch, Polygon
     from matplotlib.path import Path as Outline
 
@@ -411,7 +414,7 @@ def _draw_route(ax: Axes, route: _Route, style: _Style, zorder: float) -> None:
     ax.add_patch(Polygon(corners, closed=True, fc=style.color, ec=edge, lw=0.6, zorder=3))
 
 
-def _line_look(style: _Style) -> tuple[str, dict[str, Any]]:
+def _line_look(style: Style) -> tuple[str, dict[str, Any]]:
     """Return the colour of a line's core, and the rest of its look."""
     from matplotlib.patheffects import withStroke
 
@@ -431,7 +434,7 @@ def _luminance(color: str) -> float:
     return 0.3 * red + 0.59 * green + 0.11 * blue
 
 
-def _draw_output(ax: Axes, layout: _Layout, name: str) -> None:
+def _draw_output(ax: Axes, layout: Layout, name: str) -> None:
     start, end = layout.panel.x + layout.panel.width / 2, layout.output.x - layout.output.width / 2
     arrow = {"arrowstyle": "-|>,head_width=0.28,head_length=0.55", "color": INK, "lw": 2.2}
     arrow |= {"shrinkA": 0, "shrinkB": 0}
@@ -442,7 +445,7 @@ def _draw_output(ax: Axes, layout: _Layout, name: str) -> None:
     _write(ax, layout.output, name, fontsize=_FONT + (2 if name.startswith("$") else 0))
 
 
-def _draw_title(ax: Axes, layout: _Layout, title: str, counts: Counter[str]) -> None:
+def _draw_title(ax: Axes, layout: Layout, title: str, counts: Counter[str]) -> None:
     panel = layout.panel
     y = panel.y + panel.height / 2 + 0.1
     left, right = panel.x - panel.width / 2, panel.x + panel.width / 2
@@ -453,7 +456,7 @@ def _draw_title(ax: Axes, layout: _Layout, title: str, counts: Counter[str]) -> 
 
 
 def _panels(
-    sizes: Sequence[Point], title: str, styles: Mapping[str, _Style]
+    sizes: Sequence[Point], title: str, styles: Mapping[str, Style]
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure with axes of these sizes, beside each other where they fit, and a legend."""
     from matplotlib.figure import Figure

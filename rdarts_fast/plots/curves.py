@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def draw_curves(
             raise ValueError(f"series {name!r}: {len(x)} x values and {len(y)} y values")
         marker = "o" if len(x) < 25 else ""
         ax.plot(x, y, line, color=color, marker=marker, markersize=3.5, label=str(len(ax.lines)))
-    _label(ax, xlabel, ylabel, title)
+    label_axes(ax, xlabel, ylabel, title)
     if len(series) > 1:  # named afterwards: a legend leaves out names like "_x" and typesets "$x$"
         for entry, name in zip(ax.legend(frameon=False).get_texts(), series, strict=True):
             entry.set(text=name, parse_math=False)
@@ -60,7 +61,7 @@ def draw_curves(
 def save_trajectory(path: Path, branches: Sequence[Mapping[str, Any]], title: str = "") -> None:
     """Write lambda_max over a search's epochs as .svg or .png; see draw_trajectory."""
     check_suffix(path)
-    figure, ax = _one_panel()
+    figure, ax = _one_panel(constrained=False)
     draw_trajectory(ax, branches, title or "largest eigenvalue of the alphas' Hessian")
     save(figure, path)
 
@@ -94,16 +95,48 @@ def draw_trajectory(ax: Axes, branches: Sequence[Mapping[str, Any]], title: str)
             color=INK,
             fontsize=9,
         )
-    _label(ax, "epoch", "lambda_max", title)
+    label_axes(ax, "epoch", "lambda_max", title)
+    whole_numbers(ax)
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
     ax.margins(y=0.12)
     ax.legend(frameon=False)
 
 
+def save_course(
+    path: Path,
+    history: Sequence[Mapping[str, Any]],
+    abandoned: Sequence[Sequence[Mapping[str, Any]]] = (),
+) -> None:
+    """Write losses and accuracies over a search's epochs as .svg or .png, two panels.
+
+    history, and each of `abandoned`, which is fainter: records as in metrics.jsonl, one an epoch; a
+    value that is missing leaves a gap. Raises UserError as `save_cells` does.
+    """
+    from matplotlib.figure import Figure
+
+    check_suffix(path)
+    figure = Figure(figsize=(11.6, 3.4), facecolor="white")
+    figure.subplots_adjust(left=0.045, right=0.99, bottom=0.14, top=0.91, wspace=0.1)
+    for ax, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for half, color in (("train", FAINT), ("valid", _BLUE)):
+            for records in (*abandoned, history):
+                kept = records is history
+                at = [record["epoch"] for record in records]
+                values = [record.get(f"{half}_{what}", math.nan) for record in records]
+                look = {"color": color, "lw": 2 if kept else 1.2, "alpha": 1.0 if kept else 0.4}
+                name = {"train": "training", "valid": "validation"}[half] if kept else "_"
+                marker = "o" if len(records) < 2 else ""
+                ax.plot(at, values, marker=marker, ms=3.5, label=name, **look)
+        label_axes(ax, "epoch", "", what)
+        whole_numbers(ax)
+    figure.axes[0].legend(frameon=False)
+    save(figure, path)
+
+
 def save_spectrum(path: Path, spectra: Mapping[int, Sequence[float]]) -> None:
     """Write the spectra of several epochs as .svg or .png; see draw_spectrum."""
     check_suffix(path)
-    figure, ax = _one_panel()
+    figure, ax = _one_panel(constrained=False)
     draw_spectrum(ax, spectra, "eigenvalues of the alphas' Hessian")
     save(figure, path)
 
@@ -122,7 +155,7 @@ def draw_spectrum(ax: Axes, spectra: Mapping[int, Sequence[float]], title: str) 
         at = range(1, len(values) + 1)
         ax.plot(at, values, marker, color=color, ms=4.5, label=f"epoch {epoch}")
     ax.axhline(0.0, color=FAINT, lw=0.8)
-    _label(ax, "eigenvalue, by absolute value", "value", title)
+    label_axes(ax, "eigenvalue, by absolute value", "value", title)
     ax.legend(frameon=False)
 
 
@@ -166,14 +199,29 @@ def draw_landscape(
     )
 
 
-def _one_panel() -> tuple[Figure, Axes]:
+def _one_panel(*, constrained: bool = True) -> tuple[Figure, Axes]:
+    """Return a figure of one panel. constrained: as large as its labels allow, which takes as long
+    as drawing it; else with margins that numbers of some digits fit into.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(6.4, 3.8), facecolor="white")
+    if constrained:
+        figure.set_layout_engine("constrained")
+    else:
+        figure.subplots_adjust(left=0.13, right=0.985, bottom=0.125, top=0.92)
     return figure, figure.add_subplot()
 
 
-def _label(ax: Axes, xlabel: str, ylabel: str, title: str) -> None:
+def whole_numbers(ax: Axes) -> None:
+    """Number the x axis with whole numbers alone, as epochs are."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def label_axes(ax: Axes, xlabel: str, ylabel: str, title: str) -> None:
+    """Name the axes, as they are, and give them the look of all pictures here."""
     for text, put in ((xlabel, ax.set_xlabel), (ylabel, ax.set_ylabel), (title, ax.set_title)):
         put(text, parse_math=False)
     ax.spines[["top", "right"]].set_visible(False)

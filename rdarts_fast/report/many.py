@@ -1,0 +1,269 @@
+"""The paper's figures over many runs, each where the runs have what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rdarts_fast import plots
+from rdarts_fast.plots import Panel
+from rdarts_fast.report.markup import Html
+from rdarts_fast.report.numbers import LEAST, pearson, plain, spearman
+from rdarts_fast.report.pictures import Pictures
+from rdarts_fast.report.reading import number
+from rdarts_fast.report.rows import Row, early_error
+from rdarts_fast.report.search import drop_of
+
+Value = Callable[[Row], float | None]
+_NO_PROTOCOL = (
+    *("source", "out", "seed", "genotypes_at", "device", "threads", "data_root"),
+    *("checkpoint_minutes", "tensorboard", "resume"),
+)
+_TEST, _LAMBDA = "test error, %", "lambda_max"
+_Series = dict[str, list[list[tuple[float, float]]]]
+
+
+def figures(rows: Sequence[Row], pictures: Pictures) -> list[Html]:
+    """Return the cards of all figures that these runs have the data for."""
+    searches = [row for row in rows if row.found.kind == "search"]
+    return [
+        *_by_level(searches, pictures, "weight_decay", "weight decay"),
+        *_by_level(searches, pictures, "drop_path_prob", "drop-path probability"),
+        *_by_epoch(searches, pictures),
+        *_curvature_and_error(searches, pictures),
+        *_curvature_and_drop(searches, pictures),
+        *_regret(searches, pictures),
+    ]
+
+
+def series_name(row: Row, rows: Sequence[Row], without: str = "") -> str:
+    """Return a search's group: space and data, and what else the searches differ in but `without`
+    and the seed.
+    """
+    parts = [row.space, row.data]
+    if len({r.method for r in rows}) > 1:
+        parts.append(row.method)
+    for name, words in (("weight_decay", "weight decay"), ("drop_path_prob", "drop path")):
+        if name != without and len({getattr(r, name) for r in rows}) > 1:
+            parts.append(f"{words} {plain(getattr(row, name))}")
+    return ", ".join(parts)
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+# Against the regularisation (paper, figures 3, 5 and 10)
+
+
+def _by_level(
+    searches: Sequence[Row], pictures: Pictures, setting: str, words: str
+) -> Iterator[Html]:
+    levels: dict[str, set[float]] = {}
+    for row in searches:
+        if getattr(row, setting) is not None:
+            levels.setdefault(series_name(row, searches, setting), set()).add(getattr(row, setting))
+    names = {name for name, found in levels.items() if len(found) > 1}
+    rows = [row for row in searches if series_name(row, searches, setting) in names]
+    if not rows:
+        return
+
+    def series(value: Value, more: str = "") -> _Series:
+        found: _Series = {}
+        for row in rows:
+            y, x = value(row), getattr(row, setting)
+            if y is not None and x is not None:
+                name = series_name(row, searches, setting) + more
+                found.setdefault(name, []).append([(x, y)])
+        return found
+
+    tested = series(lambda row: _percent(row.test_error))
+    if any(row.stop_epoch is not None for row in rows):
+        tested |= series(lambda row: _percent(early_error(row)), ", stopped early")
+    shown = (
+        (_TEST, "retrained networks", tested),
+        (_LAMBDA, "curvature", series(lambda row: row.lambda_last)),
+        (
+            "validation error, %",
+            "supernets",
+            series(
+                lambda r: None if r.supernet_accuracy is None else 100 - 100 * r.supernet_accuracy
+            ),
+        ),
+    )
+    panels = [Panel(title, words, y, s, scale="levels") for y, title, s in shown if s]
+    if not panels:
+        return
+    caption = (
+        f"What more {words} in the search does, over {len(rows)} searches: points are seeds, lines "
+        "their means. In the paper stronger regularisation lowers lambda_max and the test error "
+        f"while the supernet gets worse (figures 3, 5, 10).{_differing(rows)}"
+    )
+    yield _card(pictures, f"by-{setting}", panels, caption, f"results against {words}")
+
+
+# Against the search epoch (paper, figure 3)
+
+
+def _by_epoch(searches: Sequence[Row], pictures: Pictures) -> Iterator[Html]:
+    rows = [row for row in searches if len(_retrained_epochs(row)) > 1]
+    if not rows:
+        return
+    tested: _Series = {}
+    supernets: _Series = {}
+    curved: _Series = {}
+    for row in rows:
+        name = series_name(row, rows)
+        tested.setdefault(name, []).append(
+            [(e, 100 * _mean(r.test_error for r in row.at(e))) for e in _retrained_epochs(row)]
+        )
+        _add(supernets, name, row, lambda r: _wrong(number(r, "valid_accuracy")))
+        _add(curved, name, row, lambda r: number(r, "lambda_max"))
+    shown = (
+        (_TEST, "retrained genotypes", tested),
+        ("validation error, %", "supernet", supernets),
+        (_LAMBDA, "curvature", curved),
+    )
+    panels = [Panel(title, "epoch of the search", y, s) for y, title, s in shown if s]
+    best = [
+        min(_retrained_epochs(row), key=lambda e: _mean(r.test_error for r in row.at(e)))
+        for row in rows
+    ]
+    caption = (
+        "Genotypes of several epochs, each retrained from scratch. Where the test error rises "
+        "while the supernet's validation error falls, the search has gone wrong (paper, figure 3). "
+        f"{'The best genotype is' if len(best) == 1 else 'The best genotypes are'} of epoch "
+        f"{', '.join(str(e) for e in sorted(set(best)))}.{_differing(rows, at_epochs=True)}"
+    )
+    yield _card(pictures, "by-epoch", panels, caption, "test error against the epoch of the search")
+
+
+def _retrained_epochs(row: Row) -> list[int]:
+    epochs = {r.at_epoch for r in row.retrainings if r.at_epoch is not None}
+    return [epoch for epoch in sorted(epochs) if row.at(epoch)]
+
+
+def _add(series: _Series, name: str, row: Row, value: Callable[[Any], float | None]) -> None:
+    points = [(r["epoch"], y) for r in row.found.run.history if (y := value(r)) is not None]
+    if points:
+        series.setdefault(name, []).append(points)
+
+
+def _wrong(accuracy: float | None) -> float | None:
+    return None if accuracy is None else 100 - 100 * accuracy
+
+
+def _mean(values: Any) -> float:
+    there = list(values)
+    return float(sum(there) / len(there))
+
+
+# Correlations (paper, figures 4 and 7)
+
+
+def _curvature_and_error(searches: Sequence[Row], pictures: Pictures) -> Iterator[Html]:
+    pairs = _pairs(searches, lambda r: r.lambda_mean, lambda r: _percent(r.test_error))
+    if sum(map(len, pairs.values())) < 2:
+        return
+    used = [r for r in searches if r.lambda_mean is not None and r.test_error is not None]
+    panel = Panel("", "lambda_max, mean over the search", _TEST, _runs_of(pairs), join="none")
+    caption = (
+        "Each point is a search. In the paper the networks of searches with large lambda_max are "
+        f"the worse ones (figure 4). {correlations(pairs)}{_differing(used)}"
+    )
+    yield _card(pictures, "lambda-and-error", [panel], caption, "test error against lambda_max")
+
+
+def _curvature_and_drop(searches: Sequence[Row], pictures: Pictures) -> Iterator[Html]:
+    drops = {row.name: (drop_of(row) or {}).get("drop") for row in searches}
+    pairs = _pairs(searches, lambda r: r.lambda_last, lambda r: _percent(drops[r.name]))
+    if sum(map(len, pairs.values())) < 2:
+        return
+    label = "drop on discretising, points"
+    panel = Panel("", "lambda_max, last", label, _runs_of(pairs), join="none")
+    caption = (
+        "What validation accuracy loses when the supernet is discretised with inherited weights: "
+        f"the paper finds more where lambda_max is large (figure 7). {correlations(pairs)}"
+    )
+    yield _card(pictures, "lambda-and-drop", [panel], caption, "discretisation drop")
+
+
+_Pairs = dict[str, list[tuple[float, float]]]
+
+
+def _pairs(rows: Sequence[Row], x: Value, y: Value) -> _Pairs:
+    """Return the points by space and data, which are not mixed."""
+    found: _Pairs = {}
+    for row in rows:
+        one, other = x(row), y(row)
+        if one is not None and other is not None:
+            found.setdefault(f"{row.space}, {row.data}", []).append((one, other))
+    return found
+
+
+def _runs_of(pairs: _Pairs) -> dict[str, list[list[tuple[float, float]]]]:
+    return {name: [points] for name, points in pairs.items()}
+
+
+def correlations(pairs: _Pairs) -> str:
+    """Return in words how strongly x and y go together, for each name."""
+    lines = []
+    for name, points in pairs.items():
+        x, y = [p[0] for p in points], [p[1] for p in points]
+        linear, ranked = pearson(x, y), spearman(x, y)
+        if len(points) < LEAST:
+            count = "1 search" if len(points) == 1 else f"{len(points)} searches"
+            lines.append(f"{name}: not enough for a correlation ({count}).")
+        elif linear is None or ranked is None:
+            lines.append(f"{name}: no correlation, one of both does not vary.")
+        else:
+            lines.append(
+                f"{name}: Pearson {linear:.2f}, Spearman {ranked:.2f} over {len(points)} searches."
+            )
+    return " ".join(lines)
+
+
+# Regret (paper, figure 2)
+
+
+def _regret(searches: Sequence[Row], pictures: Pictures) -> Iterator[Html]:
+    regret: _Series = {}
+    rows = [
+        r for r in searches if any(number(x, "regret") is not None for x in r.found.run.history)
+    ]
+    for row in rows:
+        _add(regret, series_name(row, rows), row, lambda r: _percent(number(r, "regret")))
+    if not regret:
+        return
+    ends = [run[-1][1] for runs in regret.values() for run in runs]
+    caption = (
+        "Test error of each epoch's genotype above that of the best architecture of the space "
+        f"(paper, figure 2). It ends at {_mean(ends):.2f} points on average over {len(ends)} "
+        f"{'search' if len(ends) == 1 else 'searches'}."
+    )
+    panel = Panel("", "epoch of the search", "regret, points", regret)
+    yield _card(pictures, "regret", [panel], caption, "regret over the epochs")
+
+
+def _card(pictures: Pictures, name: str, panels: Sequence[Panel], caption: str, title: str) -> Html:
+    wide = len(panels) > 1
+    least = 300 * len(panels) if wide else 320
+    return pictures.add(
+        name, lambda path: plots.save_panels(path, panels), caption, title, wide=wide, least=least
+    )
+
+
+def _differing(rows: Sequence[Row], *, at_epochs: bool = False) -> str:
+    """Return a warning where the networks were not all retrained by the same settings."""
+    used = [
+        r.config
+        for row in rows
+        for r in (
+            [r for r in row.retrainings if r.at_epoch is not None] if at_epochs else row.final()
+        )
+    ]
+    names = {name for config in used for name in config} - set(_NO_PROTOCOL)
+    different = sorted(n for n in names if len({repr(config.get(n)) for config in used}) > 1)
+    if not different:
+        return ""
+    return f" Compare with care: their retrainings differ in {', '.join(different[:5])}."

@@ -1,0 +1,170 @@
+"""The part of the page about one search."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from rdarts_fast import plots
+from rdarts_fast.genotype import Genotype, discretize
+from rdarts_fast.report import curves
+from rdarts_fast.report.markup import Html, Piece, bullets, folded, join, paragraphs, tag
+from rdarts_fast.report.numbers import percent
+from rdarts_fast.report.pictures import Pictures
+from rdarts_fast.report.rows import Row, genotype_of
+from rdarts_fast.report.search import Search, edges_of, genotype_found, record_of
+from rdarts_fast.spaces import INPUTS, Space, edges_into
+
+_COLUMNS = 6  # of the strip of cells
+_STATES = ("cₖ₋₂", "cₖ₋₁")
+
+
+def about(row: Row, pictures: Pictures, place: int, *, strip: bool, opened: bool) -> Html:
+    """Return the part of the page about a search. strip: with its cells over the epochs."""
+    search = Search.of(row)
+    cards = [
+        *_cells(search, pictures),
+        *(_strip(search, pictures) if strip else []),
+        *curves.course(search, pictures),
+        *curves.trajectory(search, pictures),
+        *curves.spectrum(search, pictures),
+        *_alphas(search, pictures),
+    ]
+    cost, shape = curves.analysis(search, pictures)
+    notes = [*row.notes, *search.notes]
+    parts: list[Piece] = [paragraphs(_summary(row))]
+    if notes:
+        parts.append(tag("div", bullets(notes), class_="note"))
+    parts += [tag("div", join([*cards, *shape]), class_="cards"), paragraphs(*cost)]
+    title = join([row.name, tag("span", f"  {_short(row)}", class_="soft")])
+    inner = folded(title, *parts, open_=opened)
+    opening = f'<details id="run-{place}" class="run"'
+    return Html(inner.text.replace("<details", opening, 1))
+
+
+def _summary(row: Row) -> str:
+    asked = "" if row.epochs_asked is None else f" of {row.epochs_asked}"
+    text = f"{row.space} on {row.data}, {row.epochs_done}{asked} epochs, {row.found.state}"
+    for value, words in (
+        (row.supernet_accuracy, "supernet's validation accuracy {} %"),
+        (row.valid_error, "validation error after the short retraining {} %"),
+        (row.test_error, "test error of the retrained network {} %"),
+    ):
+        text += "" if value is None else f"; {words.format(percent(value))}"
+    if row.rollbacks:
+        text += f"; {row.rollbacks} {'rollback' if row.rollbacks == 1 else 'rollbacks'}"
+    return f"{text}."
+
+
+def _short(row: Row) -> str:
+    parts = [row.method, row.space, row.data]
+    parts += [] if row.seed is None else [f"seed {row.seed}"]
+    return ", ".join(part for part in parts if part)
+
+
+# Cells
+
+
+def _cells(search: Search, pictures: Pictures) -> list[Html]:
+    genotype, note = genotype_found(search)
+    if genotype is None:
+        search.notes.append(note)
+        return []
+    record = record_of(search, genotype)
+    alphas = None if record is None else search.alphas.get(record["epoch"])
+    edges = edges_of(search, genotype, alphas)
+    weighed = any(edge[3] is not None for cell in edges.values() for edge in cell)
+    skips = sum(edge[2] == "skip_connect" for cell in edges.values() for edge in cell)
+    total = sum(len(cell) for cell in edges.values())
+    caption = f"The found cells{note}. A label is an operation"
+    caption += " and its softmax weight" if weighed else ""
+    caption += f"; {skips or 'none'} of the {total} kept edges are skip connections."
+    return [
+        pictures.add(
+            f"{search.name}-cells",
+            lambda path: plots.save_cells(path, edges, genotype.nodes),
+            caption,
+            f"normal and reduction cell of {search.name}",
+            wide=True,
+            least=640,
+            most=820,
+        )
+    ]
+
+
+def _strip(search: Search, pictures: Pictures) -> list[Html]:
+    genotypes = {r["epoch"]: g for r in search.history if (g := genotype_of(r)) is not None}
+    epochs = sorted(genotypes)
+    if len(epochs) < 2 or len({g.nodes for g in genotypes.values()}) > 1:
+        return []
+    last = len(epochs) - 1
+    shown = [epochs[i] for i in sorted({round(k * last / (_COLUMNS - 1)) for k in range(_COLUMNS)})]
+    columns = {f"epoch {e}": edges_of(search, genotypes[e], search.alphas.get(e)) for e in shown}
+    changes = sum(genotypes[a] != genotypes[b] for a, b in itertools.pairwise(epochs))
+    caption = (
+        f"The cells of some epochs; over the whole search they changed {changes} times. The dots "
+        "at the left are the inputs, above cₖ₋₂, below cₖ₋₁; a circle is a node."
+    )
+    nodes = genotypes[shown[0]].nodes
+    return [
+        pictures.add(
+            f"{search.name}-epochs",
+            lambda path: plots.save_strip(path, columns, nodes),
+            caption,
+            f"cells of {search.name} over the epochs",
+            wide=True,
+            least=820,
+        )
+    ]
+
+
+# Alphas
+
+
+def _alphas(search: Search, pictures: Pictures) -> list[Html]:
+    space, epochs = search.space, sorted(search.alphas)
+    if space is None or not epochs:
+        return []
+    panels = []
+    for kind, candidates in space.cells.items():
+        weights = [torch.softmax(search.alphas[epoch][kind], dim=-1).flatten() for epoch in epochs]
+        chosen = discretize(space, search.alphas[epochs[-1]])
+        names = _edge_names(space)
+        panels.append(
+            plots.Weights(
+                f"{'reduction' if kind == 'reduce' else kind} cell",
+                list(zip(names, candidates, strict=True)),
+                torch.stack(weights, dim=1).numpy(),
+                _kept_rows(space, chosen, kind),
+            )
+        )
+    stop = search.row.stop_epoch
+    caption = "Softmax weights over the epochs, a row for each operation on each edge; bold: kept."
+    return [
+        pictures.add(
+            f"{search.name}-alphas",
+            lambda path: plots.save_weights(path, panels, epochs, stop),
+            caption,
+            f"softmax weights of {search.name} over the epochs",
+            wide=True,
+            least=860,
+        )
+    ]
+
+
+def _edge_names(space: Space) -> list[str]:
+    return [
+        f"{_STATES[source] if source < INPUTS else source - INPUTS} → {node}"
+        for node in range(space.nodes)
+        for source in range(INPUTS + node)
+    ]
+
+
+def _kept_rows(space: Space, genotype: Genotype, kind: str) -> list[int]:
+    """Return the rows of a genotype's operations, counted by edge and then by operation."""
+    rows = []
+    for source, target, name in genotype.edges(kind):
+        edge = edges_into(target - INPUTS)[source]
+        rows.append(edge * space.operations(kind) + space.cells[kind][edge].index(name))
+    return rows
