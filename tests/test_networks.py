@@ -129,7 +129,8 @@ def test_drop_path_of_a_network_spares_identities() -> None:
     torch.manual_seed(0)
     cell = DiscreteCell(GENOTYPE, "normal", (4, 4), 4, False, 2000)
     s = torch.randn(64, 4, 6, 6)
-    out = cell(s, s, DRAWS, cell.factors(s, DRAWS, 0.999))  # every other operation is dropped from nearly all samples
+    factors = cell.factors(s, DRAWS, 0.999)  # every other operation is dropped from nearly all
+    out = cell(s, s, DRAWS, factors)
     with torch.no_grad():
         identity = cell.preprocess1(s)
     same = [(out[n, :4] - identity[n]).abs().max() < 1e-5 for n in range(64)]
