@@ -248,7 +248,7 @@ def assert_equals_differentiating_twice(
 def test_products_on_darts_whose_nodes_have_more_terms_than_a_launch_takes() -> None:
     net = Net("darts", "fused")
     operator = net.operator()
-    assert isinstance(operator, SupernetHessian) and operator.dense_products == 196 / 12
+    assert isinstance(operator, SupernetHessian) and operator.dense_products == 196 / 3
     v = torch.randn(224, 2, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     reference = Net("darts", "reference").operator() @ v
     torch.testing.assert_close(operator @ v, reference, rtol=1e-9, atol=1e-12)
@@ -265,12 +265,15 @@ def test_products_with_the_hessian_of_a_supernet() -> None:
     torch.testing.assert_close(operator @ v[:, 0], by_tangents[:, 0], rtol=1e-9, atol=1e-12)
     with pytest.raises(ValueError, match=r"v: expected shape \(56,\) or \(56, V\), got \(55,\)"):
         operator @ v[:55, 0]
-    assert top_eigenvalue(operator).products == operator.dense_products == 28 / 12
+    assert top_eigenvalue(operator).products != operator.dense_products == 28 / 3
+    small = Net("s5", "fused").operator()
+    assert isinstance(small, SupernetHessian)
+    assert top_eigenvalue(small).products == small.dense_products == 8 / 3
 
 
 def test_little_memory_takes_the_directions_in_pairs_of_parts() -> None:
     net = Net("s2", "fused")
-    assert net.operator(memory=1).dense_products == 28 * 27 / 12  # two directions at a time
+    assert net.operator(memory=1).dense_products == 28 * 27 / 3  # two directions at a time
     whole = net.operator()
     assert isinstance(whole, SupernetHessian) and len(whole._blocks()) == 1
     some = net.operator(memory=12 * whole._passes.bytes_a_direction())
