@@ -108,10 +108,10 @@ def test_a_product_leaves_nothing_behind() -> None:
     v = directions(operator.shape[0])
     first = operator @ v
     assert torch.equal(operator @ v, first)
-    assert torch.equal(operator.dense(), operator_of(net).dense())
     for part in operator._passes._parts:
         assert all(norm.dz is None for norm in part.norms())
         assert all(s.tangent is None and s.gathered is None for s in part.states)
+    assert torch.equal(operator.dense(), operator_of(net).dense())
     assert all(torch.equal(state[k], x) for k, x in net.supernet.state_dict().items())
     parameters = [*net.supernet.parameters(), *net.alphas]
     assert all(p.requires_grad and p.grad is None for p in parameters)
