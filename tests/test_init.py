@@ -46,7 +46,8 @@ def test_the_version_is_the_one_of_setup_py() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["search", "random_search", "retrain", "analysis", "export", "robust", "info"]
+    "module",
+    ["search", "random_search", "retrain", "analysis", "export", "robust", "report", "info"],
 )
 def test_command_lines_start_without_a_warning(module: str) -> None:
     done = subprocess.run(

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -649,3 +650,45 @@ def test_damaged_files_are_named(run_dir: RunDir, name: str, data: bytes) -> Non
 def test_a_damaged_metrics_line_is_named(run_dir: RunDir) -> None:
     (run_dir.folder / "metrics.jsonl").write_bytes(b'{"epoch": 0}\nnonsense\n')
     assert "metrics.jsonl line 2: damaged" in message(lambda: Run.read(run_dir.folder))
+
+
+# What is left of a damaged folder
+
+
+def test_salvage_reads_a_whole_folder_as_read_does(run_dir: RunDir) -> None:
+    run_dir.append_metrics({"epoch": 0})
+    run_dir.write_text("genotype.json", GENOTYPE.to_json())
+    assert Run.salvage(run_dir.folder) == (Run.read(run_dir.folder), [])
+
+
+def test_salvage_leaves_out_what_is_damaged_and_names_it(run_dir: RunDir) -> None:
+    for epoch in range(3):
+        run_dir.append_metrics({"epoch": epoch})
+    folder = run_dir.folder
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text(f"{lines[0]}\n[1]\n{lines[2]}\n" + '{"epoch"')
+    (folder / "genotype.json").write_text("{")
+    (folder / "result.json").write_bytes(b"\xff")
+    (folder / "environment.json").write_text("[" * 100_000)
+    run, notes = Run.salvage(folder)
+    assert [record["epoch"] for record in run.metrics] == [0, 2]
+    assert (run.genotype, run.result, run.environment) == (None, None, {})
+    assert run.config == CONFIG
+    assert len(notes) == 5
+    assert f"{folder}/metrics.jsonl line 2: damaged, expected an object, got list" in notes
+    assert any("metrics.jsonl: half a line at the end" in note for note in notes)
+    assert any("genotype.json: genotype: not JSON" in note for note in notes)
+    (folder / "metrics.jsonl").unlink()
+    run, notes = Run.salvage(folder)
+    assert run.metrics == [] and any("metrics.jsonl: No such file" in note for note in notes)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: damaged"):
+        Run.salvage(folder)
+
+
+def test_the_lock_names_who_holds_a_folder(run_dir: RunDir) -> None:
+    assert Run.read(run_dir.folder).holder == f"process {os.getpid()} on {socket.gethostname()}"
+    run_dir.close()
+    assert Run.read(run_dir.folder).holder is None
+    (run_dir.folder / "lock").unlink()
+    assert Run.read(run_dir.folder).holder is None
