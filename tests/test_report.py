@@ -305,6 +305,22 @@ def test_each_figure_only_where_the_runs_have_its_data(robust_report, tmp_path) 
     assert "landscape.npz: missing or damaged" in page.text
 
 
+def test_a_random_search_has_cells_and_a_loss_but_no_alphas(tmp_path) -> None:
+    run = plant_search(tmp_path / "random", 2, result={"valid_error": 0.25, "valid_accuracy": None})
+    config = json.loads((run / "config.json").read_text())
+    kept = {name: value for name, value in config.items() if not name.startswith("alpha")}
+    write(run / "config.json", kept | {"samples": 100})
+    records = [{"epoch": r["epoch"], "train_loss": r["train_loss"]} for r in read_metrics(run)]
+    write_metrics(run, records)
+    write_report(run, tmp_path / "out")
+    page = written(tmp_path / "out")
+    assert page.column("kind")["random"] == "random search"
+    assert page.column("supernet's validation accuracy, %")["random"] == "75.00"
+    assert page.column("method", 1) == {"s2": "RandomNAS-ws"}
+    assert pictures_of(tmp_path / "out") == {"random-cells", "random-course"}
+    assert "missing" not in page.text and "analysis" not in page.text
+
+
 def test_a_trajectory_says_where_the_rule_stops(tmp_path) -> None:
     rule = {"curvature": "lambda", "curvature_every": 1, "stop_window": 1, "stop_delta": 1}
     rule |= {"stop_start_epoch": 0}

@@ -86,12 +86,12 @@ def _told(search: Search, branches: Sequence[Branch]) -> str:
     if not stops:
         return f"{ends}; its local average never grows by more than the rule allows: no stop."
     config = search.row.config
-    acts = config.get("early_stop") == "stop" or config.get("adaptive", "off") != "off"
-    verb = "stops" if acts else "would stop"
+    verb = "stops at" if config.get("early_stop") == "stop" else "would stop at"
+    verb = "goes back to" if config.get("adaptive", "off") != "off" else verb
     at = " and ".join(str(stop) for stop in dict.fromkeys(stops))
     return (
         f"{ends}. Its local average grows after epoch {at}, which foretells a degenerate cell: the "
-        f"rule {verb} at {at}."
+        f"rule {verb} {at}."
     )
 
 
@@ -171,5 +171,6 @@ def _landscape(search: Search, folder: Path, pictures: Pictures) -> list[Html]:
             f"loss landscape of {search.name}",
             wide=True,
             least=640,
+            most=820,
         )
     ]

@@ -73,7 +73,8 @@ def _summary(rows: Sequence[Row]) -> str:
         count = sum(row.found.state == state for row in rows)
         states += [f"{count} {'is' if count == 1 else 'are'} {state}"] if count else []
     text = f"{_count(len(rows), 'run')} read: {', '.join(counts)}. "
-    text += f"Of these {' and '.join(states)}. " if states else "All have ended. "
+    ended = "All have ended. " if len(rows) > 1 else "It has ended. "
+    text += f"Of these {' and '.join(states)}. " if states else ended
     spaces = [row.space for row in rows if row.space]
     text += f"Spaces: {_listed(spaces)}. " if spaces else ""
     return text + _findings([row for row in rows if row.found.kind == "search"])
@@ -85,8 +86,8 @@ def _findings(searches: Sequence[Row]) -> str:
     if measured:
         stops = sum(row.stop_epoch is not None for row in measured)
         text += (
-            f"lambda_max was measured in {_count(len(measured), 'search', 'searches')}; in {stops} "
-            "of them it grew until the early-stopping rule fired. "
+            f"lambda_max was measured in {_count(len(measured), 'search', 'searches')}; in "
+            f"{stops or 'none'} of them it grew until the early-stopping rule fired. "
         )
     pairs: dict[str, list[tuple[float, float]]] = {}
     for row in measured:

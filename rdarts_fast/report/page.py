@@ -47,7 +47,7 @@ class Report:
 
     def described(self) -> Iterator[str]:
         """Yield lines to print."""
-        yield f"{self.runs} runs read"
+        yield f"{self.runs} {'run' if self.runs == 1 else 'runs'} read"
         for unread in self.unread:
             yield f"not read: {unread.path}: {unread.reason}"
         yield f"written: {self.page} (open it in a browser)"

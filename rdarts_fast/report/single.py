@@ -140,7 +140,10 @@ def _alphas(search: Search, pictures: Pictures) -> list[Html]:
             )
         )
     stop = search.row.stop_epoch
-    caption = "Softmax weights over the epochs, a row for each operation on each edge; bold: kept."
+    caption = (
+        "Softmax weights over the epochs, a row for each operation on each edge: what darkens is "
+        "losing. Bold: kept at the end."
+    )
     return [
         pictures.add(
             f"{search.name}-alphas",
