@@ -40,6 +40,7 @@ from tests.planted_runs import (
 )
 from tests.report_page import Page, pictures_of, rows_in, written
 from tests.small import settings
+from tests.test_plots import texts_of
 
 NAMES = "<b>&x_$y"
 
@@ -271,6 +272,9 @@ def test_stopped_early_is_a_method_where_all_its_genotypes_were_retrained(tmp_pa
 def test_each_figure_only_where_the_runs_have_its_data(robust_report, tmp_path) -> None:
     found = pictures_of(robust_report)
     assert {"by-weight_decay", "lambda-and-error"} <= found
+    panels = texts_of(robust_report / "pictures/by-weight_decay.svg")
+    assert {"retrained networks", "curvature", "supernets"} <= set(panels)
+    assert "networks retrained for a short time" not in panels
     assert not found & {"by-drop_path_prob", "by-epoch", "regret", "lambda-and-drop"}
     assert sum(name.endswith("-epochs") for name in found) == 3
     for part in ("cells", "course", "lambda", "alphas"):
@@ -303,6 +307,18 @@ def test_each_figure_only_where_the_runs_have_its_data(robust_report, tmp_path) 
     assert "The best genotypes are of epoch 0" in page.text
     assert "It ends at 2.50 points on average over 2 searches." in page.text
     assert "landscape.npz: missing or damaged" in page.text
+
+
+def test_short_retrainings_stand_in_where_only_the_chosen_have_a_test_error(tmp_path) -> None:
+    for decay in (3e-4, 27e-4):
+        name = f"l2-{decay:g}"
+        search = plant_search(tmp_path / "r/searches" / name, 1, space="s5", weight_decay=decay)
+        plant_retraining(tmp_path / "r/short" / name, search, 0.5, holdout=True)
+    plant_retraining(tmp_path / "r/final/l2-0.0003", tmp_path / "r/searches/l2-0.0003", 0.25)
+    write_report(tmp_path / "r", tmp_path / "out", details=0)
+    found = texts_of(tmp_path / "out/pictures/by-weight_decay.svg")
+    assert "networks retrained for a short time" in found and "supernets" in found
+    assert "retrained networks" not in found and "curvature" not in found
 
 
 def test_a_random_search_has_cells_and_a_loss_but_no_alphas(tmp_path) -> None:

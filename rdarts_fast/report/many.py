@@ -19,7 +19,7 @@ _NO_PROTOCOL = (
     *("source", "out", "seed", "genotypes_at", "device", "threads", "data_root"),
     *("checkpoint_minutes", "tensorboard", "resume"),
 )
-_TEST, _LAMBDA = "test error, %", "lambda_max"
+_TEST, _VALID, _LAMBDA = "test error, %", "validation error, %", "lambda_max"
 _Series = dict[str, list[list[tuple[float, float]]]]
 
 
@@ -80,18 +80,15 @@ def _by_level(
     tested = series(lambda row: _percent(row.test_error))
     if any(row.stop_epoch is not None for row in rows):
         tested |= series(lambda row: _percent(early_error(row)), ", stopped early")
+    # Of R-DARTS's searches only the chosen ones have a test error.
+    short = {} if _varies(tested) else series(lambda row: _percent(row.valid_error))
     shown = (
         (_TEST, "retrained networks", tested),
+        (_VALID, "networks retrained for a short time", short),
         (_LAMBDA, "curvature", series(lambda row: row.lambda_last)),
-        (
-            "validation error, %",
-            "supernets",
-            series(
-                lambda r: None if r.supernet_accuracy is None else 100 - 100 * r.supernet_accuracy
-            ),
-        ),
+        (_VALID, "supernets", series(lambda row: _wrong(row.supernet_accuracy))),
     )
-    panels = [Panel(title, words, y, s, scale="levels") for y, title, s in shown if s]
+    panels = [Panel(title, words, y, s, scale="levels") for y, title, s in shown if _varies(s)]
     if not panels:
         return
     caption = (
@@ -100,6 +97,11 @@ def _by_level(
         f"while the supernet gets worse (figures 3, 5, 10).{_differing(rows)}"
     )
     yield _card(pictures, f"by-{setting}", panels, caption, f"results against {words}")
+
+
+def _varies(series: _Series) -> bool:
+    """Whether there are points at more than one x."""
+    return len({x for runs in series.values() for run in runs for x, _ in run}) > 1
 
 
 # Against the search epoch (paper, figure 3)
@@ -121,7 +123,7 @@ def _by_epoch(searches: Sequence[Row], pictures: Pictures) -> Iterator[Html]:
         _add(curved, name, row, lambda r: number(r, "lambda_max"))
     shown = (
         (_TEST, "retrained genotypes", tested),
-        ("validation error, %", "supernet", supernets),
+        (_VALID, "supernet", supernets),
         (_LAMBDA, "curvature", curved),
     )
     panels = [Panel(title, "epoch of the search", y, s) for y, title, s in shown if s]
