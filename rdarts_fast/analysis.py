@@ -10,7 +10,7 @@ import argparse
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +105,23 @@ class Searched:
         finished an epoch.
         """
         settings, place = _settings(folder), training.select_device(device)
-        task = Classification.load(settings, place)
+        run, task = Run.read(folder), Classification.load(settings, place)
+        if task.fingerprint() != run.environment.get("data"):
+            raise UserError(f"{settings.data}: no longer the images that {folder} searched on")
         supernet = task.supernet(settings, load_space(folder / SPACE)).to(place)
         state = SearchState.start(settings, supernet)
-        stored = Run.read(folder).load_checkpoint()
+        stored = run.load_checkpoint()
         try:
             state.from_checkpoint(stored)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder}: the checkpoint does not fit: {error}") from error
         if state.epoch == 0:
             raise UserError(f"{folder}: nothing to analyse: the search has not finished an epoch")
+        if state.step > 0:
+            raise UserError(
+                f"{folder}: the checkpoint is from the middle of epoch {state.epoch}: first go on "
+                f"with the search: {training.resume_command('search', folder)}"
+            )
         return cls(settings, task, state)
 
     @property
@@ -295,9 +302,10 @@ def analyse(
     folder = Path(folder)
     run, out = Run.read(folder), folder / ANALYSIS if out is None else Path(out)
     branches, eigenvalues = trajectory(run), spectrum(run)
-    searched = Searched.load(folder, device)
     found: dict[str, Any] = {"trajectory": [asdict(branch) for branch in branches]}
-    drop, shape = discretisation_drop(searched), landscape(searched, points, radius)
+    with training.prepared(replace(_settings(folder), device=device, tensorboard=False)):
+        searched = Searched.load(folder, device)
+        drop, shape = discretisation_drop(searched), landscape(searched, points, radius)
     found["discretisation"] = {**asdict(drop), "drop": drop.drop}
     found["landscape"] = {"epoch": shape.epoch, "curvatures": list(shape.curvatures)}
     try:

@@ -12,6 +12,7 @@ from rdarts_fast import config, config_sources, training
 from rdarts_fast.config import RetrainConfig, SearchConfig
 from rdarts_fast.errors import UserError, unknown
 from rdarts_fast.fleet import FleetConfig, check_fleet
+from rdarts_fast.oracle import count_architectures
 from rdarts_fast.spaces import load_space
 
 # The published grids: the L2 factors and the drop-path probabilities of R-DARTS(L2) and (DP).
@@ -27,6 +28,8 @@ METHODS = {
     "seeds": "DARTS",
     "exhaustive": "every architecture",
 }
+SEARCHES = 4
+MOST_ARCHITECTURES = 1000
 _SHORT_EPOCHS = {"quick": 5, "digits": 20}
 _OWN_SEARCH = ("space", "data", "data_root", "image_size", "seed", "out", "resume", "device")
 _OWN_RETRAIN = ("source", "genotypes_at", "holdout", *_OWN_SEARCH[1:])
@@ -51,8 +54,8 @@ class RobustConfig(FleetConfig):
     """Of searches and trainings alike: default (the data set's own), paper, quick."""
     grid: tuple[float, ...] = ()
     """L2 factors, or drop-path probabilities [0.0003 0.0009 0.0027 0.0081; 0 0.2 0.4 0.6]."""
-    searches: int = 4
-    """Searches of es, ada and seeds, each with a seed of its own; 4 as published."""
+    searches: int | None = None
+    """Searches of es, ada and seeds, each with a seed of its own [4, as DARTS chooses among]."""
     short_epochs: int | None = None
     """Epochs of the short training [100; the paper's number is not known; 20 for digits]."""
     seeds: int = 1
@@ -85,7 +88,7 @@ def plan(settings: RobustConfig) -> list[Planned]:
 
     L2 factor and drop path vary at one seed; the other methods have `searches` seeds each.
     """
-    planned = []
+    planned, count = [], settings.searches or SEARCHES
     for r, seed in enumerate(seeds(settings)):
         if settings.method in GRIDS:
             short, key = {"l2": ("l2", "weight_decay"), "drop-path": ("dp", "drop_path_prob")}[
@@ -101,8 +104,8 @@ def plan(settings: RobustConfig) -> list[Planned]:
             "ada": {"adaptive": "l2", "curvature": "lambda"},
             "seeds": {},
         }[settings.method]
-        for i in range(settings.searches):
-            own = settings.seed + r * settings.searches + i
+        for i in range(count):
+            own = settings.seed + r * count + i
             name = f"{settings.method}-seed{own}"
             planned.append(Planned(name, seed, own, f"seed {own}", more))
     return planned
@@ -172,11 +175,10 @@ def checked(settings: RobustConfig) -> RobustConfig:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise UserError(f"{config.flag(name)}: expected at least {least}, got {value}")
-    if settings.grid and settings.method not in GRIDS:
-        raise UserError(f"--grid is for the methods l2 and drop-path, not {settings.method}")
-    if len(set(settings.grid)) != len(settings.grid):
-        raise UserError(f"--grid: a value stands there twice: {settings.grid}")
-    load_space(settings.space)
+    _check_effect(settings)
+    if len({f"{value:g}" for value in settings.grid}) != len(settings.grid):
+        raise UserError(f"--grid: a value stands there twice, to six digits: {settings.grid}")
+    _check_size(settings)
     for planned in plan(settings) if settings.method != "exhaustive" else []:
         asked = given(settings, settings.search, SearchConfig)
         for name in planned.settings:
@@ -184,7 +186,8 @@ def checked(settings: RobustConfig) -> RobustConfig:
                 raise UserError(f"--search: the method {settings.method} sets {name} itself")
         config_sources.from_settings(SearchConfig, {**asked, **planned.settings})
     config_sources.from_settings(RetrainConfig, given(settings, settings.retrain, RetrainConfig))
-    training.select_device(settings.device)
+    if settings.fleet == "local":  # Ray's machines see to their own
+        training.select_device(settings.device)
     space = settings.space
     return dataclasses.replace(
         settings,
@@ -192,6 +195,43 @@ def checked(settings: RobustConfig) -> RobustConfig:
         data_root=Path(settings.data_root).absolute(),
         space=str(Path(space).absolute()) if space.endswith(".json") else space,
     )
+
+
+def _check_effect(settings: RobustConfig) -> None:
+    """Raise UserError for a setting that the method does not have."""
+    others = {
+        "grid": ("l2", "drop-path"),
+        "searches": ("es", "ada", "seeds"),
+        "short_epochs": ("l2", "drop-path", "es", "ada", "seeds"),
+        "search": ("l2", "drop-path", "es", "ada", "seeds"),
+    }
+    for name, methods in others.items():
+        if getattr(settings, name) not in (None, ()) and settings.method not in methods:
+            known = ", ".join(methods)
+            raise UserError(
+                f"{config.flag(name)} is for the methods {known}, not {settings.method}"
+            )
+
+
+def _check_size(settings: RobustConfig) -> None:
+    space = load_space(settings.space)
+    count = count_architectures(space)
+    if settings.method == "exhaustive" and count > MOST_ARCHITECTURES:
+        raise UserError(
+            f"--method exhaustive: {space.name} has {count:,} architectures, more than "
+            f"{MOST_ARCHITECTURES}; s5 has 81"
+        )
+
+
+def never_fires(settings: RobustConfig) -> bool:
+    """Whether the rule of DARTS-ES has too few epochs to fire."""
+    if settings.method not in ("es", "ada"):
+        return False
+    asked = {**given(settings, settings.search, SearchConfig), **plan(settings)[0].settings}
+    search = config_sources.from_settings(SearchConfig, asked)
+    lag = (search.stop_delta + search.stop_window // 2) * search.curvature_every
+    first = 0 if search.stop_rule == "paper" else search.stop_start_epoch
+    return first + lag >= search.epochs - 1
 
 
 def _absolute(data: str) -> str:

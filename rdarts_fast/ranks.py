@@ -47,28 +47,40 @@ class Ranks:
         return self.rank == 0
 
     def part(self, rows: Tensor, draws: Draws) -> Part:
-        """Return this rank's rows of a batch [N], as many as the others' or one more.
+        """Return this rank's rows of a batch [N], as many as the others' or one more, and never one
+        alone: batch norm needs two.
 
-        A rank that a small batch leaves without any gets the first, at weight 0.
+        A rank that a small batch leaves without any gets the first two, at weight 0.
         """
         if self.count == 1:
             return Part(rows, draws, 1.0)
         total = len(rows)
-        bounds = [total * r // self.count for r in (self.rank, self.rank + 1)]
-        mine, weight = bounds[1] - bounds[0], (bounds[1] - bounds[0]) * self.count / total
-        if mine == 0:
-            bounds = [0, 1]
-        part = (bounds[0], total)
-        return Part(rows[bounds[0] : bounds[1]], draws.at(part=part), weight)
+        working = min(self.count, max(1, total // 2))
+        if self.rank < working:
+            first, end = (total * r // working for r in (self.rank, self.rank + 1))
+            weight = (end - first) * self.count / total
+        else:
+            first, end, weight = 0, min(2, total), 0.0
+        return Part(rows[first:end], draws.at(part=(first, total)), weight)
 
-    def wrapped(self, network: nn.Module, device: torch.device) -> nn.Module:
+    def wrapped(
+        self, network: nn.Module, device: torch.device, *, all_used: bool = True
+    ) -> nn.Module:
         """Return the network, its gradients averaged over the ranks; all begin with the first's
-        weights.
+        weights. all_used: whether the loss depends on every parameter.
         """
         if self.count == 1:
             return network
         devices = [device] if device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(network, device_ids=devices)
+        return nn.parallel.DistributedDataParallel(
+            network, device_ids=devices, find_unused_parameters=not all_used
+        )
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Give all ranks the first one's buffers, as before each forward pass."""
+        if self.count > 1:
+            for buffer in network.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     def any(self, *flags: bool) -> list[bool]:
         """Return of each flag whether it is set on any rank."""
@@ -96,6 +108,11 @@ class Ranks:
         torch.distributed.all_reduce(tensor)
         found: list[float] = tensor.tolist()
         return found
+
+
+def prints_here() -> bool:
+    """Whether this process is the one of torchrun's that prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

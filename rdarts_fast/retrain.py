@@ -23,7 +23,7 @@ from rdarts_fast.errors import UserError, exit_on_user_error
 from rdarts_fast.events import Events
 from rdarts_fast.genotype import Genotype, read_genotype
 from rdarts_fast.networks import Network
-from rdarts_fast.ranks import Bystander, Part, Ranks, joined
+from rdarts_fast.ranks import Bystander, Part, Ranks, joined, prints_here
 from rdarts_fast.run_dir import RESULT, Run, RunDir
 from rdarts_fast.tasks.classification import Classification
 
@@ -63,6 +63,8 @@ def retrain_all(settings: RetrainConfig) -> list[Run]:
             runs.append(retrain(one))
         except training.Interrupted as interrupt:
             raise training.Interrupted("the same command") from interrupt
+    if not prints_here():
+        return runs
     on = tested_on(settings)
     print(f"\nepoch of the search  {on} error")
     for epoch, run in zip(epochs, runs, strict=True):
@@ -128,7 +130,7 @@ def _retrain(settings: RetrainConfig, device: torch.device, ranks: Ranks) -> Run
         training.Stop().watching() as stop,
     ):
         announce(settings, where, task, state, run)
-        model = ranks.wrapped(state.network, device)
+        model = ranks.wrapped(state.network, device, all_used=state.network.uses_all)
         with training.event_writer(settings, run, state.epoch, ranks.first) as events:
             loop(settings, task, Model(model, settings, ranks), state, run, stop, events)
         if ranks.first:
@@ -263,8 +265,13 @@ def loop(
                 run.save_checkpoint(state.to_checkpoint())
                 clock.reset()
             if stopping:
-                raise training.Interrupted(training.resume_command("retrain", run.folder))
+                command = training.resume_command("retrain", run.folder)
+                if model.ranks.count > 1:
+                    run_on = f"torchrun --nproc-per-node {model.ranks.count} -m"
+                    command = command.replace("python -m", run_on)
+                raise training.Interrupted(command)
         gather(state, model.ranks)
+        model.ranks.share_buffers(state.network)  # what is tested is what the checkpoint holds
         end_epoch(settings, task, model, state, run, events, rate, started)
         clock.reset()
 

@@ -29,19 +29,19 @@ from rdarts_fast.protocol import (
     RobustConfig,
     checked,
     given,
+    never_fires,
     plan,
     seeds,
     short_epochs,
     title,
 )
 from rdarts_fast.retrain import run_retraining
-from rdarts_fast.run_dir import RESULT, Run, held, write_file
+from rdarts_fast.run_dir import LOCK, RESULT, UNFINISHED, Run, held, write_file
 from rdarts_fast.search import run_search
 from rdarts_fast.spaces import load_space
 from rdarts_fast.tables import Table
 
 SETTINGS, ORACLE = "robust.json", "oracle.json"
-MOST_ARCHITECTURES = 1000
 # What another start may change.
 _FREE = {field.name for field in dataclasses.fields(FleetConfig)} | {"out", "device", "data_root"}
 
@@ -63,8 +63,9 @@ def robust(settings: RobustConfig) -> Table:
     """Run the protocol as `settings` say; see run_robust."""
     settings = checked(settings)
     folder = _folder(settings)
-    begin(settings, folder)
+    check_free(folder)
     with held(folder):
+        begin(settings, folder)
         try:
             if settings.method == "exhaustive":
                 return exhaustive(settings, folder)
@@ -113,11 +114,6 @@ def exhaustive(settings: RobustConfig, folder: Path) -> Table:
     """
     space = load_space(settings.space)
     count = count_architectures(space)
-    if count > MOST_ARCHITECTURES:
-        raise UserError(
-            f"--method exhaustive: {space.name} has {count:,} architectures, more than "
-            f"{MOST_ARCHITECTURES}; s5 has 81"
-        )
     print(f"every architecture of {space.name}: {count} x {settings.seeds} trainings in {folder}")
     genotypes = {f"{i:03d}": plain(g) for i, g in enumerate(architectures(space))}
     jobs = []
@@ -189,7 +185,7 @@ def _job(folder: Path, program: Callable[..., object], asked: Mapping[str, Any])
 def start_or_go_on(program: Callable[..., object], asked: Mapping[str, Any]) -> None:
     """Start a run with its settings, or go on with it where its folder is there."""
     if (asked["out"] / "config.json").is_file():
-        program(resume=asked["out"], device=asked["device"])
+        program(**{name: asked[name] for name in ("device", "data_root")}, resume=asked["out"])
     else:
         program(**asked)
 
@@ -217,31 +213,44 @@ def _result(folder: Path) -> dict[str, Any]:
 
 
 def _folder(settings: RobustConfig) -> Path:
-    name = f"robust-{load_space(settings.space).name}-{settings.data}-{settings.method}"
-    return Path(settings.out or Path("runs") / training.plain(name)).absolute()
+    words = ("robust", load_space(settings.space).name, settings.data, settings.method)
+    name = "-".join(training.plain(word) for word in words)
+    return Path(settings.out or Path("runs") / name).absolute()
+
+
+def check_free(folder: Path) -> None:
+    """Raise UserError where a folder holds something else than such runs; a first start that was
+    killed may have left its lock and half a file.
+    """
+    if (folder / SETTINGS).exists() or not folder.exists():
+        return
+    if any(p.name != LOCK and not p.name.startswith(UNFINISHED) for p in folder.iterdir()):
+        raise UserError(f"--out {folder} is not empty: choose another folder")
 
 
 def begin(settings: RobustConfig, folder: Path) -> None:
-    """Make the folder with its robust.json, or check that the one there is of these settings.
+    """Write robust.json, or check that the one there is of these settings; there may be more
+    repetitions than before.
 
     Raises UserError naming the setting that differs.
     """
     values = {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE}
     values = json.loads(json.dumps(values))
     path = folder / SETTINGS
+    text = json.dumps(values, indent=2) + "\n"
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"--out {folder} is not empty: choose another folder")
-        write_file(path, json.dumps(values, indent=2) + "\n")
+        write_file(path, text)
         return
     try:
         before = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     for name, value in values.items():
-        if before.get(name) != value:
+        more = name == "seeds" and isinstance(before.get(name), int) and before[name] <= value
+        if before.get(name) != value and not more:
             was = f"{folder} was started with {before.get(name)}, not {value}"
             raise UserError(f"{config.flag(name)}: {was}; give another --out")
+    write_file(path, text)
 
 
 # What it says
@@ -256,6 +265,8 @@ def announce(settings: RobustConfig, planned: Sequence[Planned], folder: Path) -
     )
     if settings.short_epochs is None:
         print("(how long the paper's short training was is not known: --short-epochs)")
+    if never_fires(settings):
+        print("(too few epochs for the early-stopping rule: the searches are plain DARTS)")
     print(f"folder: {folder}", flush=True)
 
 

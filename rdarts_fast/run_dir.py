@@ -48,7 +48,7 @@ CHECKPOINTS = "checkpoints"
 LOCK = "lock"
 CHECKPOINT_FORMAT = 1
 
-_UNFINISHED = ".unfinished-"
+UNFINISHED = ".unfinished-"
 _NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _HELD_ELSEWHERE = (errno.EAGAIN, errno.EACCES)
@@ -103,7 +103,7 @@ class RunDir:
             try:
                 (folder / CHECKPOINTS).mkdir(exist_ok=True)
                 for place in (folder, folder / CHECKPOINTS):
-                    for leftover in place.glob(f"{_UNFINISHED}*"):
+                    for leftover in place.glob(f"{UNFINISHED}*"):
                         leftover.unlink()
             except BaseException:
                 lock.close()
@@ -313,11 +313,12 @@ def _explained(action: str, path: Path) -> Iterator[None]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a folder that is no run's itself, such as one of many runs, against a second process.
+    """Hold a folder of many runs, made where it is not there, against a second process.
 
     Raises UserError where it is held (the message names the process and host).
     """
     with _explained("write in", folder):
+        folder.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(folder, folder)
     try:
         yield
@@ -438,7 +439,7 @@ def _not_locked(shown: Path, path: Path, error: OSError) -> UserError:
 
 
 def _unfinished(path: Path) -> Path:
-    return path.parent / f"{_UNFINISHED}{path.name}-{secrets.token_hex(4)}"
+    return path.parent / f"{UNFINISHED}{path.name}-{secrets.token_hex(4)}"
 
 
 def _write_all(file: int, data: bytes) -> None:
@@ -511,7 +512,7 @@ def _check_run(folder: Path) -> None:
     with _explained("read", folder):
         if not folder.exists():
             raise UserError(f"no such run folder: {folder}")
-        if folder.name.startswith(_UNFINISHED) or not (folder / CONFIG).is_file():
+        if folder.name.startswith(UNFINISHED) or not (folder / CONFIG).is_file():
             raise UserError(f"{folder} is not a run folder: it has no {CONFIG}")
 
 

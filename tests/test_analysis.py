@@ -23,7 +23,7 @@ from rdarts_fast.retrain import run_retraining
 from rdarts_fast.run_dir import Run, RunDir
 from rdarts_fast.search import run_search
 from rdarts_fast.spaces import SPACES
-from tests.small import settings
+from tests.small import settings, write_images
 
 # The published worked example: lambda_max at epochs 0, 2, .., 22, and its local averages.
 VALUES = [0.1788, 0.1482, 0.1703, 0.1464, 0.1211, 0.2488, 0.2311, 0.3595, 0.2246, 0.3859]
@@ -217,6 +217,16 @@ def test_what_cannot_be_analysed_is_said(searched, tmp_path) -> None:
     state.epoch = 0
     texts = {"space.json": json.dumps(SPACES["s2"].to_dict())}
     config = {**searched.config, "out": str(begun["out"])}
-    RunDir.create(begun["out"], config, {}, state.to_checkpoint(), texts).close()
+    same = {"data": searched.environment["data"]}
+    RunDir.create(begun["out"], config, same, state.to_checkpoint(), texts).close()
     with pytest.raises(UserError, match="has not finished an epoch"):
         analyse(begun["out"])
+    state.epoch, state.step = 1, 2
+    RunDir.create(tmp_path / "m", config, same, state.to_checkpoint(), texts).close()
+    with pytest.raises(UserError, match=r"middle of epoch 1: .* --resume"):
+        analyse(tmp_path / "m")
+    write_images(tmp_path / "other.npz", per_class=13)
+    other = {**config, "data": f"npz:{tmp_path / 'other.npz'}"}
+    RunDir.create(tmp_path / "o", other, same, state.to_checkpoint(), texts).close()
+    with pytest.raises(UserError, match="no longer the images"):
+        analyse(tmp_path / "o")

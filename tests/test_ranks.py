@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from rdarts_fast import config_sources
+from rdarts_fast.config import RetrainConfig
 from rdarts_fast.data import Augmentation, augment
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError
@@ -20,6 +22,7 @@ from rdarts_fast.networks import Network
 from rdarts_fast.ranks import Ranks, joined
 from rdarts_fast.retrain import run_retraining
 from rdarts_fast.run_dir import Run
+from rdarts_fast.tasks.classification import Classification
 from tests.small import arguments, write_images
 
 REPOSITORY = Path(__file__).parents[1]
@@ -35,17 +38,19 @@ AUGMENTATION = Augmentation((0.5,), (0.25,), 1, True, 4)
 
 def test_the_parts_of_a_batch_are_the_batch() -> None:
     rows = torch.arange(10, 21)
-    for count in (1, 2, 3, 4, 11):
+    for count in (1, 2, 3, 4, 5, 8, 11):
         parts = [Ranks(rank, count).part(rows, Draws(1)) for rank in range(count)]
-        assert torch.equal(torch.cat([part.rows for part in parts]), rows)
-        sizes = [len(part.rows) for part in parts]
+        real = [part.rows for part in parts if part.weight > 0]
+        assert torch.equal(torch.cat(real), rows)
+        sizes = [len(part) for part in real]
         assert max(sizes) - min(sizes) <= 1
+        assert all(len(part.rows) >= 2 for part in parts)  # batch norm needs two
         # The mean over the ranks of weight x local mean is the mean over the batch.
         means = [part.weight * part.rows.double().mean() for part in parts]
         assert float(sum(means)) / count == pytest.approx(float(rows.double().mean()))
     few = [Ranks(rank, 4).part(rows[:3], Draws(1)) for rank in range(4)]
-    assert sorted(part.weight > 0 for part in few) == [False, True, True, True]
-    assert all(len(part.rows) == 1 for part in few)
+    assert [part.weight for part in few] == [4.0, 0.0, 0.0, 0.0]
+    assert [len(part.rows) for part in few] == [3, 2, 2, 2]
 
 
 def test_a_part_draws_what_its_samples_have_in_the_whole_batch() -> None:
@@ -181,6 +186,14 @@ def test_a_retraining_on_two_processes_leaves_one_run(tmp_path) -> None:
     stored = run.load_checkpoint()
     assert (stored["epoch"], stored["records"]) == (2, 2)
     assert not [name for name in stored["network"] if name.startswith("module")]
+    # What was tested is what the checkpoint holds: with the first process's batch norms.
+    network = Network(PLAIN, channels=2, layers=3, classes=3, image_channels=1)
+    network.load_state_dict(stored["network"])
+    settings = config_sources.stored(RetrainConfig, tmp_path / "run", "run")
+    task = Classification.load(settings, torch.device("cpu"))
+    found, labels = task.test_batch(torch.arange(len(task.images.test_labels)))
+    loss = torch.nn.functional.cross_entropy(network.eval()(found, Draws(0)), labels)
+    assert run.metrics[-1]["test_loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
 
 
 KILLED = """
@@ -194,6 +207,15 @@ def killed(settings, task, model, state, *rest):
 retrain.train_step = killed
 retrain.main()
 """
+
+
+def test_inputs_that_no_node_reads_and_a_last_batch_of_three(tmp_path) -> None:
+    given = small(tmp_path, batch_size=11)  # 36 images: the last batch has three
+    node = ((("sep_conv_3x3", 0),),)
+    (tmp_path / "g.json").write_text(Genotype({"normal": node, "reduce": node}).to_json())
+    done = torchrun("-m", "rdarts_fast.retrain", str(tmp_path / "g.json"), *arguments(given))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(Run.read(tmp_path / "run").metrics) == 2
 
 
 def test_both_processes_killed_and_resumed_the_sums_are_of_the_whole_epoch(tmp_path) -> None:

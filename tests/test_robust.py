@@ -23,7 +23,7 @@ from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype
 from rdarts_fast.oracle import Oracle
 from rdarts_fast.protocol import RobustConfig, plan, short_epochs, words_of
-from rdarts_fast.robust import robust, run_robust
+from rdarts_fast.robust import is_done, robust, run_robust
 from rdarts_fast.run_dir import Run, held, write_file
 from rdarts_fast.search import run_search
 from tests.small import settings, write_images
@@ -112,6 +112,7 @@ def test_other_settings_are_not_mixed_into_a_folder(finished, tmp_path) -> None:
     (tmp_path / "robust" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
         run_robust(**tiny(tmp_path))
+    assert [p.name for p in (tmp_path / "robust").iterdir()] == ["thesis.txt"]
     (tmp_path / "robust" / "thesis.txt").unlink()
     with held(tmp_path / "robust"), pytest.raises(UserError, match="is in use by process"):
         write_file(tmp_path / "robust" / "robust.json", (finished / "robust.json").read_text())
@@ -158,6 +159,49 @@ def test_a_genotype_that_wins_on_test_and_loses_on_validation_is_not_selected(
     assert table.mean == 0.40 and table.deviation is None
     assert [call for call in planted.calls if call.startswith("final")] == ["final/l2-0.03-seed0"]
     assert table.rows[0]["test_error"] is None
+
+
+def test_more_repetitions_go_on_with_the_folder_and_fewer_do_not(tmp_path, monkeypatch) -> None:
+    names = [f"l2-{value}-seed{seed}" for value in ("0.0003", "0.03") for seed in (0, 1)]
+    planted = Planted(monkeypatch, dict.fromkeys(names, (0.2, 0.1)))
+    run_robust(**tiny(tmp_path))
+    before = len(planted.calls)
+    table = run_robust(**tiny(tmp_path, seeds=2))
+    assert len(table.rows) == 4 and len(planted.calls) == 2 * before
+    assert not [call for call in planted.calls[before:] if "seed0" in call]
+    with pytest.raises(UserError, match=r"--seeds: .* was started with 2, not 1"):
+        run_robust(**tiny(tmp_path))
+
+
+def test_each_protocol_has_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = {kind: ["noise", "skip_connect"] for kind in ("normal", "reduce")}
+    (tmp_path / "my.v2.json").write_text(json.dumps({"nodes": 1, "cells": cells}))
+    names = [f"{kind}-seed0" for kind in ("l2-0.0003", "l2-0.03", "seeds")]
+    Planted(monkeypatch, dict.fromkeys(names, (0.2, 0.1)))
+    for changes in ({}, {"method": "seeds", "grid": (), "searches": 1}, {"space": "my.v2.json"}):
+        run_robust(**tiny(tmp_path, out=None, **changes))
+    found = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert len(found) == 3 and [name.rsplit("-")[-1] for name in found] == ["l2", "l2", "seeds"]
+    assert sum("s5" in name for name in found) == 2
+
+
+def test_a_start_that_was_killed_at_once_can_be_repeated(tmp_path, monkeypatch) -> None:
+    Planted(monkeypatch, {"l2-0.0003-seed0": (0.3, 0.1), "l2-0.03-seed0": (0.2, 0.4)})
+    (tmp_path / "robust").mkdir()
+    for name in ("lock", ".unfinished-robust.json-1234"):
+        (tmp_path / "robust" / name).write_text("{")
+    assert run_robust(**tiny(tmp_path)).mean == 0.4
+
+
+def test_a_rule_that_cannot_fire_is_said(tmp_path, monkeypatch, capsys) -> None:
+    Planted(monkeypatch, {"es-seed0": (0.3, 0.1)})
+    given = {"method": "es", "grid": (), "searches": 1}
+    run_robust(**tiny(tmp_path, **given))
+    assert "too few epochs for the early-stopping rule" in capsys.readouterr().out
+    long = ("epochs=50", *(word for word in SEARCH if word != "epochs=1"))
+    run_robust(**tiny(tmp_path, **given, search=long, out=tmp_path / "long"))
+    assert "too few epochs" not in capsys.readouterr().out
 
 
 def test_a_tie_goes_to_the_earlier(tmp_path, monkeypatch) -> None:
@@ -220,6 +264,7 @@ def test_every_architecture_of_a_small_space(tmp_path, capsys) -> None:
     space["cells"]["normal"] = [["skip_connect", "sep_conv_3x3"], ["noise", "max_pool_3x3"]]
     (tmp_path / "small.json").write_text(json.dumps(space))
     given = tiny(tmp_path, space=str(tmp_path / "small.json"), method="exhaustive", grid=())
+    given |= {"short_epochs": None, "search": ()}
     run_robust(**given)
     oracle = Oracle.read(tmp_path / "robust" / "oracle.json")
     assert len(oracle.errors) == 4
@@ -227,8 +272,6 @@ def test_every_architecture_of_a_small_space(tmp_path, capsys) -> None:
         run = Run.read(path)
         assert oracle.errors[run.genotype] == run.result["test_error"]
     assert "oracle: " in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"s4 has .* architectures, more than 1000; s5 has 81"):
-        run_robust(**tiny(tmp_path, space="s4", method="exhaustive", grid=(), out=tmp_path / "x"))
     run = run_search(
         **settings(tmp_path, space=str(tmp_path / "small.json"), epochs=1),
         oracle=tmp_path / "robust" / "oracle.json",
@@ -245,6 +288,14 @@ def test_every_architecture_of_a_small_space(tmp_path, capsys) -> None:
         ({"short_epochs": 0}, "--short-epochs: expected at least 1"),
         ({"method": "es"}, "--grid is for the methods"),
         ({"grid": (0.1, 0.1)}, "--grid: a value stands there twice"),
+        ({"grid": (3e-4, 3.0000001e-4)}, "--grid: a value stands there twice"),
+        ({"searches": 3}, "--searches is for the methods es, ada, seeds, not l2"),
+        ({"method": "exhaustive", "grid": ()}, "--short-epochs is for the methods"),
+        ({"method": "exhaustive", "grid": (), "short_epochs": None}, "--search is for the methods"),
+        (
+            {"method": "exhaustive", "space": "s4", "grid": (), "short_epochs": None, "search": ()},
+            r"s4 has .* architectures, more than 1000; s5 has 81",
+        ),
         ({"grid": (-0.1,)}, "--weight-decay: expected a number of at least 0"),
         ({"method": "drop-path", "grid": (1.5,)}, "--drop-path-prob"),
         ({"search": ("epochs",)}, "--search: expected KEY=VALUE"),
@@ -307,14 +358,25 @@ def whole(tmp_path_factory) -> Path:
     return folder / "robust"
 
 
-def test_killed_at_five_moments_and_started_again_the_table_is_the_same(whole, tmp_path) -> None:
-    moments = random.Random(0)  # steps of the weights: 2 searches, 2 short and a full training
-    kills = [moments.randint(1, 3) for _ in range(5)]
+def test_killed_in_each_stage_and_started_again_the_table_is_the_same(whole, tmp_path) -> None:
+    # Two steps a search and a short training, four the full one. What was finished is not done
+    # again, and a run that was killed begins anew or from its last epoch.
+    order = ["searches/l2-0.0003-seed0", "searches/l2-0.03-seed0"]
+    order += ["short/l2-0.0003-seed0", "short/l2-0.03-seed0", "final/"]
+    moments = random.Random(0)
+    kills = [moments.randint(1, 2), *(2 + moments.randint(1, 2) for _ in range(3))]
+    kills.append(2 + moments.randint(1, 4))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    for left in kills:
+    for stage, left in enumerate(kills):
         command = [sys.executable, "-c", KILLED, str(tmp_path), str(left)]
         process = subprocess.run(command, env=environment, capture_output=True, timeout=120)
         assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
+        runs = sorted((tmp_path / "robust").glob("[a-z]*/[a-z]*/config.json"))
+        names = [str(path.parent.relative_to(tmp_path / "robust")) for path in runs]
+        ended = [name for name in names if is_done(tmp_path / "robust" / name)]
+        assert sorted(ended) == sorted(order[:stage])
+        (cut,) = (name for name in names if name not in ended)
+        assert cut.startswith(order[stage])
     run_robust(**tiny(tmp_path))
     assert numbers(tmp_path / "robust") == numbers(whole)
 

@@ -158,6 +158,15 @@ class Network(nn.Module):
         return self._compute(images, draws if self.draws_noise else None, factors)
 
     @property
+    def uses_all(self) -> bool:
+        """Whether the result depends on all parameters: every cell reads both its inputs."""
+        for nodes in self.genotype.cells.values():
+            read = {source for node in nodes for name, source in node if name != "noise"}
+            if not set(range(INPUTS)) <= read:
+                return False
+        return True
+
+    @property
     def draws_noise(self) -> bool:
         """Whether an operation of the genotype is noise."""
         return any(isinstance(module, Noise) for module in self.modules())
