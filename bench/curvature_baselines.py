@@ -82,16 +82,12 @@ class KeptDraws(Draws):
 
     kept: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
-    def normal(
-        self,
-        site: int,
-        shape: Sequence[int],
-        device: torch.device | str = "cpu",
-        samples: int | None = None,
+    def _draw(
+        self, fill: str, twin: Any, dtype: Any, site: int, shape: Sequence[int], *where: Any
     ) -> Tensor:
-        key = (self.seed, self.branch, self.step, self.pass_index, site, *shape)
+        key = (fill, self.seed, self.branch, self.step, self.pass_index, site, *shape)
         if key not in self.kept:
-            self.kept[key] = super().normal(site, shape, device, samples)
+            self.kept[key] = super()._draw(fill, twin, dtype, site, shape, *where)
         return self.kept[key]
 
 

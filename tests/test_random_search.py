@@ -661,12 +661,13 @@ def arm(owner, name, count):
         return result
     setattr(owner, name, killing)
 
+OWNERS = {"random_search": random_search, "run_dir.RunDir": run_dir.RunDir}
 for given, owner, name, count in CASES:
     pid = os.fork()
     if pid == 0:
         try:
             sys.stdout = open(os.devnull, "w")
-            arm(eval(owner), name, count)
+            arm(OWNERS[owner], name, count)
             random_search.run_random_search(**given)
         finally:
             os._exit(1)

@@ -56,9 +56,11 @@ class Search:
 def _alphas_of(record: Mapping[str, Any], space: Space) -> dict[str, torch.Tensor] | None:
     """Return a record's alphas, None where they are none of this space."""
     found, values = {}, record.get("alphas")
+    if not isinstance(values, Mapping):
+        return None
     for kind in space.cells:
         try:
-            array = np.asarray(values[kind], dtype=np.float64)  # type: ignore[index]
+            array = np.asarray(values[kind], dtype=np.float64)
         except (KeyError, TypeError, ValueError, OverflowError):
             return None
         if array.shape != (space.edges, space.operations(kind)) or not np.isfinite(array).all():
