@@ -33,7 +33,7 @@ from bench.curvature_baselines import BASELINES, KeptDraws, Loss, Start, trained
 from bench.rows import HEADER, Row, show
 from bench.timing import Call, Times, in_turn, once_ms, peak_mb
 from rdarts_fast.errors import UserError, exit_on_user_error, unknown
-from rdarts_fast.spaces import CELL_TYPES, SPACES
+from rdarts_fast.spaces import CELL_TYPES, spaces_of
 
 BENCH = "curvature"
 CASES = ("hessian", "lambda_max")
@@ -237,7 +237,9 @@ def _parse() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     several = {"type": lambda text: text.split(","), "metavar": "A,B,..."}
-    default = [space for space in SPACES if space != "darts"]  # not tried: 224 rows
+    default = [
+        space for space in spaces_of("classification") if space != "darts"
+    ]  # not tried: 224 rows
     parser.add_argument("--spaces", default=default, help="search spaces", **several)
     parser.add_argument("--cases", default=list(CASES), help="what to time", **several)
     parser.add_argument("--baselines", default=list(BASELINES), help="against what", **several)

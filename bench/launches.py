@@ -31,7 +31,8 @@ BYTES = 4  # of a number
 
 def floor_bytes(setup: Setup) -> int:
     """Return what 13 tensors an edge come to for the setup's batch."""
-    edges, channels, size, numbers = load_space(setup.space).edges, setup.channels, setup.size, 0
+    edges = load_space(setup.space).edges("normal")
+    channels, size, numbers = setup.channels, setup.size, 0
     for i in range(setup.layers):
         if is_reduction(i, setup.layers):
             channels, size = 2 * channels, -(-size // 2)

@@ -45,7 +45,7 @@ from bench.timing import (
     resident_mb,
 )
 from rdarts_fast.errors import exit_on_user_error, unknown
-from rdarts_fast.spaces import SPACES
+from rdarts_fast.spaces import spaces_of
 
 BENCH = "search_step"
 COMPILE_SECONDS = 600.0
@@ -158,7 +158,10 @@ def _parse() -> argparse.Namespace:
     )
     several = {"type": lambda text: text.split(","), "metavar": "A,B,..."}
     parser.add_argument(
-        "--spaces", default=list(SPACES), help="built-in spaces or .json files", **several
+        "--spaces",
+        default=spaces_of("classification"),
+        help="built-in spaces or .json files",
+        **several,
     )
     parser.add_argument("--cases", default=list(CASES), help="what to time", **several)
     parser.add_argument(

@@ -19,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench import contenders, kernels
 from bench.contenders import CASES, OURS
 from bench.kernels import FORMATS, KERNELS, SHAPES
-from rdarts_fast.spaces import SPACES
+from rdarts_fast.spaces import spaces_of
 
 THREADS = 1  # as steady as it gets
 CONTENDERS = (OURS, "eager", "channels_last")  # "compile" takes minutes
@@ -37,7 +37,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=SPACES)
+@pytest.fixture(scope="module", params=spaces_of("classification"))
 def setup(request: pytest.FixtureRequest) -> contenders.Setup:
     """A space, checked once."""
     setup = contenders.Setup(request.param, **SIZES)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from rdarts_fast.errors import UserError, unknown
-from rdarts_fast.spaces import CELL_TYPES, INPUTS, OPERATIONS, Space, edges_into
+from rdarts_fast.spaces import CELL_TYPES, CELLS, FAMILIES, INPUTS, Space, family
 
 FORMAT = 1
-KEPT_INPUTS = 2  # inputs that each node keeps
+KEPT_INPUTS = 2  # inputs that each node of a normal or reduction cell keeps
 
 NodeInputs = tuple[tuple[str, int], ...]  # (operation, source state) per kept input
 Nodes = tuple[NodeInputs, ...]
@@ -31,8 +31,9 @@ Nodes = tuple[NodeInputs, ...]
 class Genotype:
     """Per cell type, for each intermediate node its kept inputs as (operation, source state).
 
-    States 0 and 1 are the cell's inputs c_{k-2} and c_{k-1}, state 2+i is intermediate node i. The
-    cell's output is the concatenation of all intermediate nodes. The strongest input comes first.
+    The first states are the cell's inputs (0 and 1: c_{k-2} and c_{k-1}; others in spaces.CELLS),
+    the next is intermediate node 0 and so on. The cell's output is the concatenation of all
+    intermediate nodes, a recurrent cell's their mean. The strongest input comes first.
     """
 
     cells: Mapping[str, Nodes]
@@ -51,12 +52,13 @@ class Genotype:
     @property
     def nodes(self) -> int:
         """Intermediate nodes in a cell."""
-        return len(self.cells["normal"])
+        return len(next(iter(self.cells.values())))
 
     def edges(self, cell_type: str) -> list[tuple[int, int, str]]:
         """Return (source state, target state, operation) of each kept edge."""
+        inputs = len(CELLS[cell_type].inputs)
         return [
-            (source, INPUTS + i, op)
+            (source, inputs + i, op)
             for i, node in enumerate(self.cells[cell_type])
             for op, source in node
         ]
@@ -91,7 +93,8 @@ class Genotype:
 
     @classmethod
     def from_text(cls, text: str) -> Genotype:
-        """Read the official code's text form, `Genotype(normal=[('sep_conv_3x3', 1), ...], ...)`.
+        """Read the official codes' text forms, `Genotype(normal=[('sep_conv_3x3', 1), ...], ...)`
+        and `Genotype(recurrent=[('relu', 0), ...], ...)`.
 
         The text is parsed, never evaluated. Raises UserError.
         """
@@ -104,6 +107,8 @@ class Genotype:
                 "genotype text: expected Genotype(normal=[...], normal_concat=..., ...)"
             )
         fields = {str(word.arg): _literal(str(word.arg), word.value) for word in call.keywords}
+        if "recurrent" in fields:
+            return cls(_cells_of({"recurrent": _single("recurrent", fields["recurrent"])}))
         cells = {kind: _paired(kind, fields.get(kind)) for kind in CELL_TYPES}
         for kind in CELL_TYPES:
             concat = fields.get(f"{kind}_concat")
@@ -115,7 +120,14 @@ class Genotype:
         return cls(_cells_of(cells))
 
     def to_text(self) -> str:
-        """Return the official code's text form. Raises UserError where a node has one input."""
+        """Return the official codes' text form. Raises UserError where they have none for it: a
+        cell for disparity, a node of one input in a classifier's cell.
+        """
+        if set(self.cells) == set(FAMILIES["language"]):
+            pairs = [edge for node in self.cells["recurrent"] for edge in node]
+            return f"Genotype(recurrent={pairs}, concat=range(1, {self.nodes + 1}))"
+        if set(self.cells) != set(CELL_TYPES):
+            raise UserError(f"genotype text: has no cells {list(self.cells)}: use the JSON")
         fields = []
         for kind, nodes in self.cells.items():
             for i, node in enumerate(nodes):
@@ -128,12 +140,13 @@ class Genotype:
 
     def describe(self) -> str:
         """Return a readable table: a line a node, what it adds up."""
-        names = ["c_{k-2}", "c_{k-1}", *(f"node {i}" for i in range(self.nodes))]
+        width = max(8, *(len(kind) + 1 for kind in self.cells))
         lines = []
         for kind, nodes in self.cells.items():
+            names = [*CELLS[kind].inputs, *(f"node {i}" for i in range(self.nodes))]
             for i, node in enumerate(nodes):
                 sum_of = " + ".join(f"{op}({names[source]})" for op, source in node)
-                lines.append(f"  {kind if i == 0 else '':<8}node {i} = {sum_of}")
+                lines.append(f"  {kind if i == 0 else '':<{width}}node {i} = {sum_of}")
         return "\n".join(lines)
 
 
@@ -156,6 +169,14 @@ def _paired(kind: str, flat: Any) -> list[list[Any]]:
             f"genotype text: {kind}: expected two (operation, input) pairs a node, got {flat}"
         )
     return [flat[i : i + KEPT_INPUTS] for i in range(0, len(flat), KEPT_INPUTS)]
+
+
+def _single(kind: str, flat: Any) -> list[list[Any]]:
+    if not isinstance(flat, list) or not flat:
+        raise UserError(
+            f"genotype text: {kind}: expected an (operation, input) pair a node, got {flat}"
+        )
+    return [[pair] for pair in flat]
 
 
 def _cells_of(cells: Any) -> dict[str, Nodes]:
@@ -185,14 +206,17 @@ def _node_of(where: str, node: Any) -> NodeInputs:
 
 
 def _check(cells: Mapping[str, Nodes]) -> None:
-    if set(cells) != set(CELL_TYPES):
-        raise UserError(f"genotype: expected cells {list(CELL_TYPES)}, got {list(cells)}")
-    if len({len(nodes) for nodes in cells.values()}) != 1 or not cells["normal"]:
+    if family(cells) is None:
+        known = " or ".join(str(list(kinds)) for kinds in FAMILIES.values())
+        raise UserError(f"genotype: expected cells {known}, got {list(cells)}")
+    counts_of_nodes = {len(nodes) for nodes in cells.values()}
+    if len(counts_of_nodes) != 1 or 0 in counts_of_nodes:
         counts = {kind: len(nodes) for kind, nodes in cells.items()}
         raise UserError(
             f"genotype: all cells need the same number of nodes, at least 1, got {counts}"
         )
     for kind, nodes in cells.items():
+        inputs, operations = len(CELLS[kind].inputs), CELLS[kind].operations
         for i, node in enumerate(nodes):
             sources = [source for _, source in node]
             if not sources:
@@ -200,24 +224,24 @@ def _check(cells: Mapping[str, Nodes]) -> None:
             if len(set(sources)) != len(sources):
                 raise UserError(f"genotype: {kind}[{i}]: an input stands there twice: {sources}")
             for op, source in node:
-                if op not in OPERATIONS or op == "none":
-                    names = [name for name in OPERATIONS if name != "none"]
+                if op not in operations or op == "none":
+                    names = [name for name in operations if name != "none"]
                     raise UserError(f"genotype: {kind}[{i}]: {unknown('operation', op, names)}")
-                if not 0 <= source < INPUTS + i:
+                if not 0 <= source < inputs + i:
                     raise UserError(
                         f"genotype: {kind}[{i}]: input {source} is not before the node "
-                        f"(0 to {INPUTS + i - 1})"
+                        f"(0 to {inputs + i - 1})"
                     )
 
 
 def discretize(space: Space, alphas: Mapping[str, Tensor]) -> Genotype:
-    """Return the genotype of `alphas`: per node the two strongest inputs, per input the best
-    operation.
+    """Return the genotype of `alphas`: per node the two strongest inputs (as many as spaces.CELLS
+    says of the cell type), per input the best operation.
 
     alphas: cell type -> [E, O]. An input's strength is the largest softmax weight of its edge;
     `none` counts in the softmax but is never chosen (DARTS, section 2.4). Ties go to the lower
-    index. Where a node has only two inputs both are kept. Raises ValueError where a shape does not
-    fit `space`.
+    index. Where a node has no more inputs than it keeps, it keeps all. Raises ValueError where a
+    shape does not fit `space`.
     """
     return Genotype(
         {
@@ -228,20 +252,21 @@ def discretize(space: Space, alphas: Mapping[str, Tensor]) -> Genotype:
 
 
 def _strongest(space: Space, kind: str, alpha: Tensor) -> Nodes:
-    shape = (space.edges, space.operations(kind))
+    shape = (space.edges(kind), space.operations(kind))
     if tuple(alpha.shape) != shape:
         raise ValueError(f"alphas[{kind!r}]: expected shape {shape}, got {tuple(alpha.shape)}")
     weights = torch.softmax(alpha, dim=-1).tolist()
     nodes = []
     for node in range(space.nodes):
         inputs = []
-        for source, edge in enumerate(edges_into(node)):
+        for source, edge in enumerate(space.edges_into(kind, node)):
             names = space.cells[kind][edge]
             candidates = [(w, -o) for o, w in enumerate(weights[edge]) if names[o] != "none"]
             weight, negative = max(candidates)
             inputs.append((weight, source, names[-negative]))
         inputs.sort(key=lambda item: -item[0])  # stable: ties keep the lower source first
-        nodes.append(tuple((op, source) for _, source, op in inputs[:KEPT_INPUTS]))
+        kept = inputs[: CELLS[kind].kept_by(node)]
+        nodes.append(tuple((op, source) for _, source, op in kept))
     return tuple(nodes)
 
 
@@ -257,7 +282,7 @@ def kept_edges(
         weights = torch.softmax(alphas[kind].detach().double(), dim=-1).tolist()
         kept[kind] = []
         for source, target, name in genotype.edges(kind):
-            edge = edges_into(target - INPUTS)[source]
+            edge = space.edges_into(kind, target - len(CELLS[kind].inputs))[source]
             weight = weights[edge][space.cells[kind][edge].index(name)]
             kept[kind].append((source, target, name, weight))
     return kept
@@ -272,10 +297,10 @@ def one_hot_weights(space: Space, cells: Mapping[str, Nodes]) -> dict[str, Tenso
     """
     weights = {}
     for kind, nodes in cells.items():
-        weights[kind] = torch.zeros(space.edges, space.operations(kind))
+        weights[kind] = torch.zeros(space.edges(kind), space.operations(kind))
         for node, inputs in enumerate(nodes):
             for name, source in inputs:
-                edge = edges_into(node)[source]
+                edge = space.edges_into(kind, node)[source]
                 if node >= space.nodes or name not in space.cells[kind][edge]:
                     at = f"{kind}[{node}]: {name} on input {source}"
                     raise UserError(f"genotype: {at} is not in space {space.name}")

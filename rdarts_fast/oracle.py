@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rdarts_fast.errors import UserError
-from rdarts_fast.genotype import KEPT_INPUTS, Genotype, Nodes
-from rdarts_fast.spaces import Space, edges_into, space_from_dict
+from rdarts_fast.genotype import Genotype, Nodes
+from rdarts_fast.spaces import CELLS, Space, space_from_dict
 
 FORMAT = 1
 
@@ -41,8 +41,8 @@ def _cells(space: Space, kind: str) -> list[Nodes]:
 
 
 def _node(space: Space, kind: str, node: int) -> Iterator[tuple[tuple[str, int], ...]]:
-    edges = edges_into(node)
-    for sources in itertools.combinations(range(len(edges)), KEPT_INPUTS):
+    edges = space.edges_into(kind, node)
+    for sources in itertools.combinations(range(len(edges)), CELLS[kind].kept_by(node)):
         names = [
             [name for name in space.cells[kind][edges[source]] if name != "none"]
             for source in sources

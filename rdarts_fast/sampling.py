@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 
 from rdarts_fast.draws import SITE_ARCHITECTURE, Draws
-from rdarts_fast.genotype import KEPT_INPUTS, Genotype, NodeInputs, Nodes
-from rdarts_fast.spaces import INPUTS, Space, edges_into
+from rdarts_fast.genotype import Genotype, NodeInputs, Nodes
+from rdarts_fast.spaces import CELLS, Space
 
 Cells = Mapping[str, Nodes]  # a genotype's, but an operation may be `none`
 
@@ -43,9 +43,9 @@ class Architectures:
 
 def _choices(space: Space, kind: str, node: int, whole: bool) -> list[NodeInputs]:
     """Return all that a node can be."""
-    candidates = [space.cells[kind][e] for e in edges_into(node)]
+    candidates = [space.cells[kind][e] for e in space.edges_into(kind, node)]
     found = []
-    for sources in itertools.combinations(range(INPUTS + node), KEPT_INPUTS):
+    for sources in itertools.combinations(range(len(candidates)), CELLS[kind].kept_by(node)):
         for names in itertools.product(*(candidates[source] for source in sources)):
             if not whole or any(name != "none" for name in names):
                 found.append(tuple(zip(names, sources, strict=True)))

@@ -39,7 +39,7 @@ def plant_search(
     space = SPACES[config.space]
     generator = torch.Generator().manual_seed(config.seed)
     lines = []
-    alphas = {k: torch.zeros(space.edges, space.operations(k)) for k in space.cells}
+    alphas = {k: torch.zeros(space.edges(k), space.operations(k)) for k in space.cells}
     for epoch in range(epochs):
         for alpha in alphas.values():
             alpha += 0.1 * torch.randn(alpha.shape, generator=generator)

@@ -11,13 +11,13 @@ from rdarts_fast.draws import Draws
 from rdarts_fast.networks import Supernet, softmax_weights
 from rdarts_fast.networks.operations import OPERATIONS
 from rdarts_fast.search import run_search
-from rdarts_fast.spaces import SPACES, space_from_dict
+from rdarts_fast.spaces import load_space, space_from_dict, spaces_of
 from tests.conftest import device_of
 from tests.host_cuda import counts, on_host
 from tests.small import settings
 
 ALL = [name for name in OPERATIONS]
-SPACES_AND_ALL = [*SPACES.values(), space_from_dict(
+SPACES_AND_ALL = [*map(load_space, spaces_of("classification")), space_from_dict(
     {"nodes": 2, "cells": {kind: ALL for kind in ("normal", "reduce")}}, "all", "all"
 )]  # fmt: skip
 

@@ -27,7 +27,7 @@ PUBLISHED = (
 
 
 def zeros(space: Space) -> dict[str, torch.Tensor]:
-    return {kind: torch.zeros(space.edges, space.operations(kind)) for kind in space.cells}
+    return {kind: torch.zeros(space.edges(kind), space.operations(kind)) for kind in space.cells}
 
 
 def test_two_strongest_inputs_strongest_first() -> None:
@@ -240,3 +240,39 @@ def test_a_node_may_have_one_input_but_not_in_the_text_form_and_not_none() -> No
         one.to_text()
     with pytest.raises(UserError, match=r"normal\[0\]: a node needs an input"):
         Genotype({"normal": ((),), "reduce": ((("noise", 1),),)})
+
+
+def test_an_upsampling_cells_first_node_keeps_all_four_inputs() -> None:
+    space = SPACES["disparity_small"]
+    genotype = discretize(space, zeros(space))
+    assert [len(node) for node in genotype.cells["upsample"]] == [4, 2, 2]
+    assert [len(node) for node in genotype.cells["reduce"]] == [2, 2, 2]
+    assert genotype.edges("upsample")[-1][1] == 6  # node 2, after four inputs
+    assert Genotype.from_json(genotype.to_json()) == genotype
+    weights = one_hot_weights(space, genotype.cells)
+    assert {kind: int(w.sum()) for kind, w in weights.items()} == {
+        "normal": 6,
+        "reduce": 6,
+        "upsample": 8,
+    }
+    with pytest.raises(UserError, match="use the JSON"):
+        genotype.to_text()
+
+
+def test_a_recurrent_cells_node_keeps_one_input() -> None:
+    space = SPACES["rnn"]
+    alphas = zeros(space)
+    alphas["recurrent"][0] = torch.tensor([9.0, 2.0, 1.0, 0.0, 0.0])  # none, never chosen
+    alphas["recurrent"][2, 3] = 5.0  # into node 1 from node 0: sigmoid
+    genotype = discretize(space, alphas)
+    assert genotype.cells["recurrent"][:2] == ((("tanh", 0),), (("sigmoid", 1),))
+    text = genotype.to_text()
+    assert text.startswith("Genotype(recurrent=[('tanh', 0), ('sigmoid', 1), ")
+    assert text.endswith("concat=range(1, 9))")
+    assert Genotype.from_text(text) == genotype
+    assert "node 1 = sigmoid(node 0)" in genotype.describe()
+
+
+def test_an_input_after_its_node_is_refused_whatever_the_cell() -> None:
+    with pytest.raises(UserError, match=r"recurrent\[0\]: input 1 is not before the node \(0 to 0"):
+        Genotype({"recurrent": [[("tanh", 1)]]})

@@ -49,14 +49,14 @@ def test_s1_is_the_published_table() -> None:
 def test_uniform_spaces_in_published_order(name: str, candidates: str) -> None:
     space = SPACES[name]
     assert space.nodes == 4
-    assert space.edges == 14
+    assert space.edges("normal") == space.edges("reduce") == 14
     for kind in ("normal", "reduce"):
         assert [" ".join(edge) for edge in space.cells[kind]] == [candidates] * 14
 
 
 def test_s5_is_the_papers_space_of_81() -> None:
     s5 = SPACES["s5"]
-    assert (s5.nodes, s5.edges) == (1, 2)
+    assert (s5.nodes, s5.edges("reduce")) == (1, 2)
     choices = 1
     for kind in ("normal", "reduce"):
         for edge in s5.cells[kind]:
@@ -73,6 +73,34 @@ def test_edges_are_numbered_by_target_then_source() -> None:
         [9, 10, 11, 12, 13],
     ]
     assert edge_count(8) == 44
+
+
+def test_other_cells_have_other_inputs() -> None:
+    small, rnn = SPACES["disparity_small"], SPACES["rnn"]
+    assert [small.edges(kind) for kind in small.cells] == [9, 9, 15]
+    assert sum(small.edges(kind) * small.operations(kind) for kind in small.cells) == 99
+    assert [list(small.edges_into("upsample", node)) for node in range(2)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7, 8],
+    ]
+    assert (rnn.edges("recurrent"), rnn.operations("recurrent")) == (36, 5)
+    assert list(rnn.edges_into("recurrent", 7)) == list(range(28, 36))
+    tasks = {name: space.task for name, space in SPACES.items() if space.task != "classification"}
+    assert tasks == {
+        "disparity_small": "disparity",
+        "disparity": "disparity",
+        "rnn": "language",
+        "rnn_small": "language",
+    }
+
+
+def test_a_cell_type_has_operations_of_its_own(tmp_path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"nodes": 2, "cells": {"recurrent": ["tanh", "identity"]}}))
+    assert load_space(path).cells["recurrent"] == (("tanh", "identity"),) * 3
+    path.write_text(json.dumps({"nodes": 2, "cells": {"recurrent": ["tanh", "skip_connect"]}}))
+    with pytest.raises(UserError, match='unknown operation "skip_connect"'):
+        load_space(path)
 
 
 def test_every_operation_has_a_module_and_every_module_a_name() -> None:
@@ -100,7 +128,7 @@ GOOD = ["skip_connect", "noise"]
         ({"nodes": 4, "cels": {}}, 'unknown entry "cels". Did you mean "cells"?'),
         ({"nodes": 0, "cells": {}}, "nodes: expected a whole number from 1 to 16, got 0"),
         ({"nodes": True, "cells": {}}, "nodes: expected a whole number"),
-        ({"nodes": 1}, 'cells: expected "normal" and "reduce", got None'),
+        ({"nodes": 1}, 'cells: expected "normal" and "reduce" (and'),
         ({"nodes": 1, "cells": {"normal": GOOD}}, "got ['normal']"),
         ({"nodes": 1, "cells": {"normal": GOOD, "reduce": [GOOD]}},
          "reduce: expected 2 edges for 1 nodes, got 1"),

@@ -286,7 +286,7 @@ class Supernet(nn.Module):
 
     def _check_weights(self, weights: Weights) -> None:
         for kind in CELL_TYPES:
-            expected = (self.space.edges, self.space.operations(kind))
+            expected = (self.space.edges(kind), self.space.operations(kind))
             got = tuple(weights[kind].shape) if kind in weights else None
             if got != expected:
                 raise ValueError(f"weights[{kind!r}]: expected shape {expected}, got {got}")
@@ -299,7 +299,7 @@ class Supernet(nn.Module):
         parameter = self.classifier.weight
         alphas = {}
         for i, kind in enumerate(CELL_TYPES):
-            shape = (self.space.edges, self.space.operations(kind))
+            shape = (self.space.edges(kind), self.space.operations(kind))
             normal = draws.at(step=i).normal(SITE_ALPHAS, shape).to(parameter)
             alphas[kind] = (ALPHA_SCALE * normal).requires_grad_()
         return alphas

@@ -19,7 +19,7 @@ from rdarts_fast.genotype import Genotype, kept_edges
 from rdarts_fast.plots import Edge
 from rdarts_fast.report.reading import number
 from rdarts_fast.report.rows import Row, genotype_of, space_of
-from rdarts_fast.spaces import CELL_TYPES, Space
+from rdarts_fast.spaces import Space
 
 
 @dataclass
@@ -63,7 +63,10 @@ def _alphas_of(record: Mapping[str, Any], space: Space) -> dict[str, torch.Tenso
             array = np.asarray(values[kind], dtype=np.float64)
         except (KeyError, TypeError, ValueError, OverflowError):
             return None
-        if array.shape != (space.edges, space.operations(kind)) or not np.isfinite(array).all():
+        if (
+            array.shape != (space.edges(kind), space.operations(kind))
+            or not np.isfinite(array).all()
+        ):
             return None
         found[kind] = torch.from_numpy(array)
     return found
@@ -104,7 +107,7 @@ def edges_of(
             search.notes.append("its genotype is not of its search space")
         else:
             return {kind: list(edges) for kind, edges in found.items()}
-    return {kind: [(*edge, None) for edge in genotype.edges(kind)] for kind in CELL_TYPES}
+    return {kind: [(*edge, None) for edge in genotype.edges(kind)] for kind in genotype.cells}
 
 
 def abandoned(search: Search) -> list[list[dict[str, Any]]]:

@@ -14,10 +14,10 @@ from rdarts_fast.report.numbers import percent
 from rdarts_fast.report.pictures import Pictures
 from rdarts_fast.report.rows import Row, genotype_of
 from rdarts_fast.report.search import Search, edges_of, genotype_found, record_of
-from rdarts_fast.spaces import INPUTS, Space, edges_into
+from rdarts_fast.spaces import CELLS, Space
 
 _COLUMNS = 6  # of the strip of cells
-_STATES = ("cₖ₋₂", "cₖ₋₁")
+_STATES = {"c_{k-2}": "cₖ₋₂", "c_{k-1}": "cₖ₋₁", "s_0": "s₀"}
 
 
 def about(row: Row, pictures: Pictures, place: int, *, strip: bool, opened: bool) -> Html:
@@ -130,7 +130,7 @@ def _alphas(search: Search, pictures: Pictures) -> list[Html]:
     for kind, candidates in space.cells.items():
         weights = [torch.softmax(search.alphas[epoch][kind], dim=-1).flatten() for epoch in epochs]
         chosen = discretize(space, search.alphas[epochs[-1]])
-        names = _edge_names(space)
+        names = _edge_names(space, kind)
         panels.append(
             plots.Weights(
                 f"{'reduction' if kind == 'reduce' else kind} cell",
@@ -156,11 +156,13 @@ def _alphas(search: Search, pictures: Pictures) -> list[Html]:
     ]
 
 
-def _edge_names(space: Space) -> list[str]:
+def _edge_names(space: Space, kind: str) -> list[str]:
+    inputs = [_STATES.get(name, name) for name in CELLS[kind].inputs]
+    names = [*inputs, *(str(node) for node in range(space.nodes))]
     return [
-        f"{_STATES[source] if source < INPUTS else source - INPUTS} → {node}"
+        f"{names[source]} → {node}"
         for node in range(space.nodes)
-        for source in range(INPUTS + node)
+        for source in range(len(inputs) + node)
     ]
 
 
@@ -168,6 +170,6 @@ def _kept_rows(space: Space, genotype: Genotype, kind: str) -> list[int]:
     """Return the rows of a genotype's operations, counted by edge and then by operation."""
     rows = []
     for source, target, name in genotype.edges(kind):
-        edge = edges_into(target - INPUTS)[source]
+        edge = space.edges_into(kind, target - len(CELLS[kind].inputs))[source]
         rows.append(edge * space.operations(kind) + space.cells[kind][edge].index(name))
     return rows
