@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from rdarts_fast.config import SearchConfig
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError
+from rdarts_fast.metrics import Outcome
 from rdarts_fast.networks import Supernet, softmax_weights
 from rdarts_fast.networks.operations import Noise
 from rdarts_fast.search import Losses, SearchState, alpha_step, weight_step
 from rdarts_fast.spaces import load_space
+from rdarts_fast.tasks.classification import outcome
+from rdarts_fast.tasks.task import Batch, Carry, Weights
 from rdarts_fast.training import select_device
 
 OURS = "ours"
@@ -129,6 +132,20 @@ def network(name: str, setup: Setup) -> Supernet:
     return supernet.train()
 
 
+def run_supernet(
+    supernet: nn.Module,
+    batch: Batch,
+    weights: Weights,
+    draws: Draws,
+    carry: Carry,
+    *,
+    regularised: bool = False,
+) -> Outcome:
+    """Run a supernet as the task does."""
+    images, labels = batch
+    return outcome(supernet(images, weights, draws), labels)
+
+
 class Contender:
     """A search in its first epoch, as search.py runs it; every batch is the same two."""
 
@@ -145,13 +162,13 @@ class Contender:
     def losses(self) -> Losses:
         """Return the next step's losses, its noise drawn afresh."""
         self.state.step += 1
-        task: Any = SimpleNamespace(loss=F.cross_entropy)  # all that Losses asks of one
+        task: Any = SimpleNamespace(run_supernet=run_supernet)  # all that Losses asks of one
         return Losses(self.settings, task, self.state, Draws(0, step=self.state.step))
 
     def forward_backward(self) -> None:
         """The loss and its gradient in the weights and the alphas."""
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, **self.flags):
-            self.losses().of(self.training)().backward()
+            self.losses().of(self.training, "weights")().backward()
         for tensor in [*self.state.supernet.parameters(), *self.state.alphas.values()]:
             tensor.grad = None
 
@@ -159,11 +176,13 @@ class Contender:
         """One step of the search: the alphas', then the weights'."""
         settings = replace(self.settings, order=order)
         losses, run = self.losses(), SimpleNamespace(folder="nowhere")
-        training, validation = losses.of(self.training), losses.of(self.validation)
+        training, validation = (
+            losses.of(batch, "weights") for batch in (self.training, self.validation)
+        )
         rate = settings.learning_rate
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, **self.flags):
             alpha_step(settings, self.state, training, validation, rate, run)
-            weight_step(settings, self.state, losses.of(self.training, keep=True), run)
+            weight_step(settings, self.state, losses.of_weights(self.training), run)
 
 
 CASES: Mapping[str, Callable[[Contender], None]] = {

@@ -46,7 +46,8 @@ from rdarts_fast.run_dir import SPACE, Run
 from rdarts_fast.search import Losses
 from rdarts_fast.search_state import SearchState
 from rdarts_fast.spaces import load_space
-from rdarts_fast.tasks.classification import Batch, Classification
+from rdarts_fast.tasks import Batch
+from rdarts_fast.tasks.classification import Classification
 
 BENCH = "second_order"
 FORMS = ("difference", "exact")
@@ -95,7 +96,7 @@ class Step:
         return images.double(), labels
 
     def _losses(self, alphas: Mapping[str, Tensor]) -> Losses:
-        state: Any = SimpleNamespace(supernet=self._supernet, alphas=alphas)
+        state: Any = SimpleNamespace(supernet=self._supernet, alphas=alphas, carry={})
         return Losses(self._settings, self._task, state, self._draws)
 
     def gradient(self, scale: float, *, exact: bool = False) -> Tensor:
@@ -110,8 +111,8 @@ class Step:
 
     def _gradient(self, in_training: Mapping[str, Tensor], scale: float, exact: bool) -> Tensor:
         found = bilevel.second_order(
-            self._losses(in_training).of(self._training),
-            self._losses(self._alphas).of(self._validation),
+            self._losses(in_training).of(self._training, "weights"),
+            self._losses(self._alphas).of(self._validation, "alphas"),
             list(self._supernet.parameters()),
             list(self._alphas.values()),
             self._virtual,
@@ -147,7 +148,8 @@ def mean(found: Sequence[Any]) -> Any:
 
 def cosine(a: Tensor, b: Tensor) -> float:
     """Return the cosine of the angle between two vectors."""
-    return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+    found = float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+    return min(1.0, max(-1.0, found))  # rounding can leave it just outside
 
 
 class Comparing(Events):
@@ -180,7 +182,7 @@ def searched(settings: SearchConfig, every: int) -> tuple[Run, list[dict[str, An
         comparing = Comparing(settings, task, state, every)
         with training.open_run(settings, where, space.name, "search", state, files) as run:
             search.loop(settings, task, state, run, training.Stop(), comparing)
-            return search.finish(settings, state, run), comparing.points
+            return search.finish(settings, task, state, run), comparing.points
 
 
 def rows(parsed: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:

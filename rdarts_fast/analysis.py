@@ -18,18 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rdarts_fast import bilevel, config_sources, curvature, evaluation, plots, training
+from rdarts_fast import bilevel, config_sources, curvature, evaluation, plots, tasks, training
 from rdarts_fast.config import SearchConfig
 from rdarts_fast.curvature import EigenvalueTrace
 from rdarts_fast.curvature.operators import flat
 from rdarts_fast.draws import SITE_LANDSCAPE, Draws
 from rdarts_fast.errors import UserError, exit_on_user_error
 from rdarts_fast.genotype import discretize, one_hot_weights
+from rdarts_fast.metrics import metric_of
 from rdarts_fast.networks import softmax_weights
 from rdarts_fast.run_dir import SPACE, Run
 from rdarts_fast.search_state import SearchState, new_trace
 from rdarts_fast.spaces import load_space
-from rdarts_fast.tasks.classification import Classification
+from rdarts_fast.tasks import Batch, Task
 
 ANALYSIS = "analysis"  # the folder in a run's folder
 
@@ -96,7 +97,7 @@ class Searched:
     """A search as its last checkpoint has it, ready to be evaluated."""
 
     settings: SearchConfig
-    task: Classification
+    task: Task
     state: SearchState
 
     @classmethod
@@ -105,7 +106,7 @@ class Searched:
         finished an epoch.
         """
         settings, place = _settings(folder), training.select_device(device)
-        run, task = Run.read(folder), Classification.load(settings, place)
+        run, task = Run.read(folder), tasks.load(settings, place)
         if task.fingerprint() != run.environment.get("data"):
             raise UserError(f"{settings.data}: no longer the images that {folder} searched on")
         supernet = task.supernet(settings, load_space(folder / SPACE)).to(place)
@@ -135,8 +136,8 @@ class Searched:
         regularisation = self.state.regularisation
         return evaluation.cutout_probability(self.settings, regularisation, self.epoch)
 
-    def accuracy(self, weights: Mapping[str, Tensor], *, batch_statistics: bool = False) -> float:
-        """Return the supernet's accuracy on the alphas' half under the operations' weights."""
+    def score(self, weights: Mapping[str, Tensor], *, batch_statistics: bool = False) -> float:
+        """Return the supernet's score on the alphas' data under the operations' weights."""
         weights = {kind: w.to(self.state.alphas[kind]) for kind, w in weights.items()}
         draws, supernet = Draws(self.settings.seed, self.state.branch), self.state.supernet
         found = evaluation.validate(
@@ -148,31 +149,28 @@ class Searched:
             self.cutout,
             batch_statistics=batch_statistics,
         )
-        return found.accuracy
+        return found.score(self.task.metric)
 
 
 @dataclass(frozen=True)
 class Drop:
-    """What discretising costs: accuracies in [0, 1] on the alphas' half of the supernet under
-    softmax weights, and of the genotype's operations alone, weights inherited.
+    """What discretising costs: the metric's scores (accuracies in [0, 1], perplexities, ...) on the
+    alphas' data of the supernet under softmax weights, and of the genotype's operations alone,
+    weights inherited.
 
     batch_statistics: the latter with batch norms over each batch, in place of the statistics that
-    the whole supernet had.
+    the whole supernet had. drop: how much worse the second is than the first.
     """
 
     epoch: int
     supernet: float
     discretised: float
     batch_statistics: float
-
-    @property
-    def drop(self) -> float:
-        """How much is lost, in [-1, 1]."""
-        return self.supernet - self.discretised
+    drop: float
 
 
 def discretisation_drop(searched: Searched) -> Drop:
-    """Return the drop in validation accuracy on discretising with inherited weights, nothing
+    """Return the drop in the validation score on discretising with inherited weights, nothing
     retrained (paper, figures 6 and 7).
 
     The genotype's operations have weight 1, all others 0.
@@ -180,11 +178,14 @@ def discretisation_drop(searched: Searched) -> Drop:
     alphas = searched.state.alphas
     space = searched.state.supernet.space
     one_hot = one_hot_weights(space, discretize(space, alphas).cells)
+    before, after = searched.score(softmax_weights(alphas)), searched.score(one_hot)
+    metric = searched.task.metric
     return Drop(
         searched.epoch,
-        searched.accuracy(softmax_weights(alphas)),
-        searched.accuracy(one_hot),
-        searched.accuracy(one_hot, batch_statistics=True),
+        before,
+        after,
+        searched.score(one_hot, batch_statistics=True),
+        metric.cost_of(after) - metric.cost_of(before),
     )
 
 
@@ -238,7 +239,7 @@ def landscape(searched: Searched, points: int = 15, radius: float = 1.0) -> Land
     supernet.train()
     alphas = list(state.alphas.values())
     shapes = [(alpha.shape[0], alpha.shape[1]) for alpha in alphas]
-    operator = supernet.hessian_operator(state.alphas, *batch)
+    operator = task.hessian_operator(supernet, state.alphas, *batch)
     hessian = curvature.hessian(operator).to("cpu", torch.float64)
     values, vectors = torch.linalg.eigh(hessian)
     random = _random_directions(curvature.softmax_null_space(shapes), settings.seed)
@@ -251,11 +252,9 @@ def landscape(searched: Searched, points: int = 15, radius: float = 1.0) -> Land
 
 
 @torch.no_grad()
-def _losses(
-    searched: Searched, batch: tuple[Tensor, Tensor, Draws], plane: Tensor, at: Tensor
-) -> Tensor:
+def _losses(searched: Searched, batch: tuple[Batch, Draws], plane: Tensor, at: Tensor) -> Tensor:
     """Return the losses [n, n] in the plane of two directions [P, 2] through the alphas."""
-    state, (images, labels, key) = searched.state, batch
+    state, (found, key) = searched.state, batch
     sizes = [alpha.numel() for alpha in state.alphas.values()]
     centre = flat([alpha.detach() for alpha in state.alphas.values()]).to("cpu", torch.float64)
     losses = torch.empty(len(at), len(at), dtype=torch.float64)
@@ -265,8 +264,9 @@ def _losses(
                 parts = (centre + at[i] * plane[:, 0] + at[j] * plane[:, 1]).split(sizes)
                 pairs = zip(state.alphas.items(), parts, strict=True)
                 moved = {kind: part.view(alpha.shape).to(alpha) for (kind, alpha), part in pairs}
-                logits = state.supernet(images, softmax_weights(moved), key)
-                losses[i, j] = float(searched.task.loss(logits, labels))
+                weights = softmax_weights(moved)
+                outcome = searched.task.run_supernet(state.supernet, found, weights, key, {})
+                losses[i, j] = float(outcome.loss)
     return losses
 
 
@@ -303,10 +303,11 @@ def analyse(
     run, out = Run.read(folder), folder / ANALYSIS if out is None else Path(out)
     branches, eigenvalues = trajectory(run), spectrum(run)
     found: dict[str, Any] = {"trajectory": [asdict(branch) for branch in branches]}
-    with training.prepared(replace(_settings(folder), device=device, tensorboard=False)):
+    settings = _settings(folder)
+    with training.prepared(replace(settings, device=device, tensorboard=False)):
         searched = Searched.load(folder, device)
         drop, shape = discretisation_drop(searched), landscape(searched, points, radius)
-    found["discretisation"] = {**asdict(drop), "drop": drop.drop}
+    found["discretisation"] = asdict(drop) | {"task": settings.task}
     found["landscape"] = {"epoch": shape.epoch, "curvatures": list(shape.curvatures)}
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -337,10 +338,12 @@ def describe(found: Mapping[str, Any]) -> str:
     if not lines:
         lines.append("lambda_max: not measured (search with --curvature lambda)")
     drop, shape = found["discretisation"], found["landscape"]["curvatures"]
+    metric = metric_of(drop["task"])
+    names = ("supernet", "discretised", "drop", "batch_statistics")
+    supernet, discretised, lost, other = (metric.text(drop[name]) for name in names)
     lines.append(
-        f"discretising: {drop['supernet']:.2%} of the supernet -> {drop['discretised']:.2%} with "
-        f"inherited weights, a drop of {drop['drop']:.2%} (to {drop['batch_statistics']:.2%} where "
-        "batch norms take each batch's statistics)"
+        f"discretising: {metric.name} {supernet} of the supernet -> {discretised} with inherited "
+        f"weights, a drop of {lost} (to {other} where batch norms take each batch's statistics)"
     )
     lines.append(
         f"curvature of the loss: {shape[0]:.3f} and {shape[1]:.3f} along the leading eigenvectors, "

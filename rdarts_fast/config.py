@@ -1,7 +1,7 @@
 """Every setting, its published value and when to change it; presets.
 
 A field's comment is its help text. Published values are those of the paper and its code. Data sets
-that are not 32x32 photographs have defaults of their own (`DATA_DEFAULTS`); `--preset paper` is the
+that are not 32x32 photographs have defaults of their own (`data_defaults`); `--preset paper` is the
 published setting everywhere.
 """
 
@@ -11,17 +11,53 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import tyro
 
 from rdarts_fast.errors import unknown
+
+Values = Mapping[str, Any]  # of settings, by name
+
+# A data set's own defaults, below preset "paper" and the flags. Small images and few of them: a
+# smaller network, and alphas that move faster, since a search of a few hundred steps at 3e-4 would
+# leave them where they started. One thread: tensors of a few thousand numbers gain next to nothing
+# from a second one, and lose much where another program wants the core.
+_SMALL_SEARCH: Values = {
+    "channels": 8,
+    "layers": 4,
+    "epochs": 25,
+    "learning_rate": 0.05,
+    "alpha_learning_rate": 3e-3,
+    "threads": 1,
+}
+_SMALL_RANDOM_SEARCH: Values = {
+    "channels": 8,
+    "layers": 4,
+    "learning_rate": 0.05,
+    "samples": 200,
+    "sample_batches": 5,
+    "threads": 1,
+}
+_SMALL_RETRAIN: Values = {
+    "channels": 8,
+    "layers": 4,
+    "epochs": 40,
+    "batch_size": 64,
+    "threads": 1,
+}
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What every run has."""
 
+    data_defaults: ClassVar[Mapping[str, Values]]  # a data set's own, below presets and flags
+    presets: ClassVar[Mapping[str, Values | None]]
+    own_data: ClassVar[str] = "digits"  # where nothing is named; needs no download
+
+    task: str = "classification"
+    """classification, language or disparity: what the network is for."""
     data: str = "digits"
     """digits, cifar10, cifar100, svhn, fashion_mnist, folder:PATH or npz:FILE (see README)."""
     data_root: Path = Path("data")
@@ -88,6 +124,21 @@ class SupernetConfig(RunConfig):
 class SearchConfig(SupernetConfig):
     """Settings of a search (paper, section 2.1; the values of DARTS)."""
 
+    data_defaults: ClassVar[Mapping[str, Values]] = {"digits": _SMALL_SEARCH}
+    presets: ClassVar[Mapping[str, Values | None]] = {
+        "default": None,  # the data set's own
+        "paper": {},
+        "quick": {
+            "channels": 4,
+            "layers": 3,
+            "epochs": 5,
+            "learning_rate": 0.1,
+            "alpha_learning_rate": 3e-3,
+            "epoch_steps": 12,
+            "threads": 1,
+        },
+    }
+
     order: Literal["first", "second"] = "second"
     """second: alphas through a virtual step of the weights, as published; first: twice as fast."""
     epsilon_scale: float = 0.01
@@ -142,6 +193,22 @@ class SearchConfig(SupernetConfig):
 class RandomSearchConfig(SupernetConfig):
     """Settings of random search with weight sharing (Li & Talwalkar; the paper's RS-ws)."""
 
+    data_defaults: ClassVar[Mapping[str, Values]] = {"digits": _SMALL_RANDOM_SEARCH}
+    presets: ClassVar[Mapping[str, Values | None]] = {
+        "default": None,
+        "paper": {},
+        "quick": {
+            "channels": 4,
+            "layers": 3,
+            "epochs": 10,
+            "learning_rate": 0.1,
+            "epoch_steps": 12,
+            "samples": 50,
+            "sample_batches": 5,
+            "threads": 1,
+        },
+    }
+
     steps: int | None = None
     """Training steps, in place of epochs (published: 19531, on every data set) [by the epochs]."""
     skip_unsampled: bool = False
@@ -157,6 +224,23 @@ class RandomSearchConfig(SupernetConfig):
 @dataclass(frozen=True)
 class RetrainConfig(RunConfig):
     """Settings of training a found network from scratch (paper, appendix B.1)."""
+
+    data_defaults: ClassVar[Mapping[str, Values]] = {"digits": _SMALL_RETRAIN}
+    presets: ClassVar[Mapping[str, Values | None]] = {
+        "default": None,
+        "paper": {},  # 8 cells of 16 channels: CIFAR-100, SVHN, and CIFAR-10's L2 sweep on S2-S4
+        "8x16": {},
+        "20x16": {"layers": 20},  # CIFAR-10 on S2 and S4
+        "20x36": {"layers": 20, "channels": 36},  # CIFAR-10 on S1 and S3
+        "quick": {
+            "channels": 4,
+            "layers": 3,
+            "epochs": 5,
+            "batch_size": 64,
+            "epoch_steps": 12,
+            "threads": 1,
+        },
+    }
 
     source: tyro.conf.Positional[str] = ""
     """A run's folder, or a genotype file (JSON or the official text form)."""
@@ -188,82 +272,6 @@ class RetrainConfig(RunConfig):
 
 Config = TypeVar("Config", SearchConfig, RandomSearchConfig, RetrainConfig)
 
-# A data set's own defaults, below preset "paper" and the flags. Small images and few of them: a
-# smaller network, and alphas that move faster, since a search of a few hundred steps at 3e-4 would
-# leave them where they started. One thread: tensors of a few thousand numbers gain next to nothing
-# from a second one, and lose much where another program wants the core.
-_SMALL_SEARCH: Mapping[str, Any] = {
-    "channels": 8,
-    "layers": 4,
-    "epochs": 25,
-    "learning_rate": 0.05,
-    "alpha_learning_rate": 3e-3,
-    "threads": 1,
-}
-_SMALL_RANDOM_SEARCH: Mapping[str, Any] = {
-    "channels": 8,
-    "layers": 4,
-    "learning_rate": 0.05,
-    "samples": 200,
-    "sample_batches": 5,
-    "threads": 1,
-}
-_SMALL_RETRAIN: Mapping[str, Any] = {
-    "channels": 8,
-    "layers": 4,
-    "epochs": 40,
-    "batch_size": 64,
-    "threads": 1,
-}
-DATA_DEFAULTS: Mapping[type, Mapping[str, Mapping[str, Any]]] = {
-    SearchConfig: {"digits": _SMALL_SEARCH},
-    RandomSearchConfig: {"digits": _SMALL_RANDOM_SEARCH},
-    RetrainConfig: {"digits": _SMALL_RETRAIN},
-}
-PRESETS: Mapping[type, Mapping[str, Mapping[str, Any] | None]] = {
-    SearchConfig: {
-        "default": None,  # the data set's own
-        "paper": {},
-        "quick": {
-            "channels": 4,
-            "layers": 3,
-            "epochs": 5,
-            "learning_rate": 0.1,
-            "alpha_learning_rate": 3e-3,
-            "epoch_steps": 12,
-            "threads": 1,
-        },
-    },
-    RandomSearchConfig: {
-        "default": None,
-        "paper": {},
-        "quick": {
-            "channels": 4,
-            "layers": 3,
-            "epochs": 10,
-            "learning_rate": 0.1,
-            "epoch_steps": 12,
-            "samples": 50,
-            "sample_batches": 5,
-            "threads": 1,
-        },
-    },
-    RetrainConfig: {
-        "default": None,
-        "paper": {},  # 8 cells of 16 channels: CIFAR-100, SVHN, and CIFAR-10's L2 sweep on S2-S4
-        "8x16": {},
-        "20x16": {"layers": 20},  # CIFAR-10 on S2 and S4
-        "20x36": {"layers": 20, "channels": 36},  # CIFAR-10 on S1 and S3
-        "quick": {
-            "channels": 4,
-            "layers": 3,
-            "epochs": 5,
-            "batch_size": 64,
-            "epoch_steps": 12,
-            "threads": 1,
-        },
-    },
-}
 # The least that a whole number may be.
 LEAST: Mapping[str, int] = {
     "epochs": 1,
@@ -289,12 +297,11 @@ FREE_ON_RESUME = ("resume", "device", "threads", "checkpoint_minutes", "tensorbo
 
 def defaults(kind: type[Config], data: str, preset: str) -> Config:
     """Return the settings that hold before any flag. Raises UserError for an unknown preset."""
-    presets = PRESETS[kind]
-    if preset not in presets:
-        raise unknown("preset", preset, presets)
-    values = presets[preset]
+    if preset not in kind.presets:
+        raise unknown("preset", preset, kind.presets)
+    values = kind.presets[preset]
     if values is None:
-        values = DATA_DEFAULTS[kind].get(data.split(":")[0], {})
+        values = kind.data_defaults.get(data.split(":")[0], {})
     return kind(**{"data": data, "preset": preset, **values})
 
 
@@ -311,4 +318,4 @@ def to_json(config: RunConfig) -> dict[str, Any]:
 
 def has_own_defaults(kind: type[Config], data: str) -> bool:
     """Whether the data set has defaults of its own, other than the published ones."""
-    return data.split(":")[0] in DATA_DEFAULTS[kind]
+    return data.split(":")[0] in kind.data_defaults

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -16,6 +17,8 @@ from rdarts_fast.config import (
     FREE_ON_RESUME,
     LEAST,
     Config,
+    RandomSearchConfig,
+    RetrainConfig,
     RunConfig,
     SearchConfig,
     SupernetConfig,
@@ -24,11 +27,34 @@ from rdarts_fast.config import (
 )
 from rdarts_fast.errors import UserError, unknown
 
+# What a task's programs are set by.
+KINDS: Mapping[str, Mapping[type[RunConfig], type[RunConfig]]] = {
+    "classification": {kind: kind for kind in (SearchConfig, RandomSearchConfig, RetrainConfig)},
+}
+
+
+def kind_for(kind: type[Config], task: str) -> type[Config]:
+    """Return the settings of a program for a task. Raises UserError for an unknown task."""
+    if task not in KINDS:
+        raise unknown("task", task, KINDS)
+    return cast(type[Config], KINDS[task][kind])
+
+
+def _task_of(folders: Iterable[object]) -> str:
+    """Return the task of the first of these that is a run's folder."""
+    for folder in folders:
+        path = Path(str(folder)) / "config.json"
+        if path.is_file():
+            return str(_read_config(path.parent, "run").get("task", "classification"))
+    return "classification"
+
 
 def from_settings(kind: type[Config], settings: Mapping[str, Any]) -> Config:
     """Return the config of keyword settings, such as run_search's. Raises UserError for an unknown
     or a bad one.
     """
+    folders = [settings[name] for name in ("resume", "source") if settings.get(name)]
+    kind = kind_for(kind, str(settings.get("task") or _task_of(folders)))
     names = [field.name for field in dataclasses.fields(kind)]
     for name in settings:
         if name not in names:
@@ -49,11 +75,22 @@ def parse(
     Raises UserError for a bad value; an unknown flag ends the process with 2 and the nearest flags.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    kind = kind_for(kind, _task_given(given))
     without_help = [word for word in given if word not in ("-h", "--help")]
     first = tyro.cli(kind, prog=program, args=without_help)
     base = _base(first)
     config = tyro.cli(kind, prog=program, description=description, args=given, default=base)
     return _finished(base, config)
+
+
+def _task_given(arguments: Sequence[str]) -> str:
+    """Return the task that a command line names, or that of the run that it goes on with."""
+    words = [part for word in arguments for part in word.split("=", 1)]
+    for name, value in itertools.pairwise(words):
+        if name == "--task":
+            return value
+    resumed = [value for name, value in itertools.pairwise(words) if name == "--resume"]
+    return _task_of([*resumed, *words])
 
 
 def _base(first: Config) -> Config:
@@ -65,9 +102,9 @@ def _base(first: Config) -> Config:
         return stored(kind, first.resume, "--resume")
     source = Path(getattr(first, "source", ""))
     if first.data or not (source / "config.json").is_file():
-        return defaults(kind, first.data or "digits", first.preset)
+        return defaults(kind, first.data or kind.own_data, first.preset)
     run = _read_config(source, "source")  # of any kind and version: what it trained on is enough
-    base = defaults(kind, str(run.get("data", "digits")), first.preset)
+    base = defaults(kind, str(run.get("data", kind.own_data)), first.preset)
     root = Path(str(run.get("data_root", base.data_root)))
     return dataclasses.replace(base, data_root=root, image_size=run.get("image_size"))
 
@@ -95,6 +132,7 @@ def stored(kind: type[Config], folder: Path, what: str) -> Config:
     none, or one of another kind or version.
     """
     values = _read_config(folder, what)
+    kind = kind_for(kind, str(values.get("task", "classification")))
     names = {field.name for field in dataclasses.fields(kind)} - {"resume"}
     strange = sorted(set(values) ^ names)
     if strange:
@@ -152,7 +190,9 @@ def check_same(run: Config, given: Config) -> None:
 
 
 def _check_types(config: RunConfig) -> None:
-    for name, hint in get_type_hints(type(config)).items():
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, hint = field.name, hints[field.name]
         value = getattr(config, name)
         options = get_args(hint) or (hint,)
         if get_origin(hint) is Literal:

@@ -100,6 +100,8 @@ def export_run(
     settings = config_sources.stored(RetrainConfig, folder, "RUN")
     if data_root is not None:
         settings = replace(settings, data_root=data_root.absolute())
+    if settings.task != "classification":
+        raise UserError(f"{folder}: a network for {settings.task}; only classifiers are exported")
     task = Classification.load(settings, torch.device("cpu"))
     if task.fingerprint() != run.environment["data"]:
         raise UserError(

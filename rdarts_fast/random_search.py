@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdarts_fast import config, config_sources, plots, training
+from rdarts_fast import config, config_sources, plots, tasks, training
 from rdarts_fast.config import RandomSearchConfig
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import exit_on_user_error
 from rdarts_fast.events import Events
 from rdarts_fast.genotype import Genotype, one_hot_weights
-from rdarts_fast.networks import Supernet
+from rdarts_fast.metrics import Sums
+from rdarts_fast.networks import SearchNetwork
 from rdarts_fast.run_dir import GENOTYPE, RESULT, SPACE, Run, RunDir
 from rdarts_fast.sampling import Architectures, without_none
 from rdarts_fast.spaces import load_space
-from rdarts_fast.tasks.classification import Classification
+from rdarts_fast.tasks import Batch, Carry, Task
 
 STEPS_PER_ROUND = 10_000  # of training, for each round of the selection
 
@@ -51,10 +52,10 @@ def random_search(settings: RandomSearchConfig) -> Run:
 def _random_search(settings: RandomSearchConfig, device: torch.device) -> Run:
     resumed = settings.resume
     space = load_space(settings.space if resumed is None else resumed / SPACE)
-    task = Classification.load(settings, device)
+    task = tasks.load(settings, device)
     state = RandomSearchState.start(settings, task.supernet(settings, space).to(device))
     where = training.environment(device, settings, task.fingerprint())
-    name = f"random-{space.name}-{training.plain(task.images.name)}-seed{settings.seed}"
+    name = f"random-{space.name}-{training.plain(task.data_name)}-seed{settings.seed}"
     files = {SPACE: json.dumps(space.to_dict())}
     with (
         training.open_run(settings, where, name, "random search", state, files) as run,
@@ -63,24 +64,26 @@ def _random_search(settings: RandomSearchConfig, device: torch.device) -> Run:
         announce(settings, where, task, state.supernet, run)
         with training.event_writer(settings, run, state.epoch) as events:
             loop(settings, task, state, run, stop, events)
-        return finish(settings, state, run, select(settings, task, state, run, stop))
+        finalists = select(settings, task, state, run, stop)
+        return finish(settings, task, state, run, finalists)
 
 
 @dataclass
 class RandomSearchState:
     """Everything that changes during a random search, and that a checkpoint holds."""
 
-    supernet: Supernet
+    supernet: SearchNetwork
     optimizer: torch.optim.SGD
     epoch: int = 0
     step: int = 0  # within the epoch
     records: int = 0  # lines of metrics.jsonl
-    sums: training.Sums = field(default_factory=training.Sums)
+    sums: Sums = field(default_factory=Sums)
     seconds: float = 0.0  # spent in the present epoch; after the last, in the selection
-    errors: list[list[float]] = field(default_factory=list)  # of the selection, a list a stage
+    carry: dict[str, Tensor] = field(default_factory=dict)  # an RNN's state
+    costs: list[list[float]] = field(default_factory=list)  # of the selection, a list a stage
 
     @classmethod
-    def start(cls, settings: RandomSearchConfig, supernet: Supernet) -> RandomSearchState:
+    def start(cls, settings: RandomSearchConfig, supernet: SearchNetwork) -> RandomSearchState:
         """Return the state before the first step."""
         return cls(supernet, training.sgd(supernet.parameters(), settings))
 
@@ -93,7 +96,8 @@ class RandomSearchState:
             "records": self.records,
             "sums": dict(self.sums.values),
             "seconds": self.seconds,
-            "errors": self.errors,
+            "carry": self.carry,
+            "costs": self.costs,
             "supernet": self.supernet.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -103,8 +107,8 @@ class RandomSearchState:
         self.supernet.load_state_dict(stored["supernet"])
         self.optimizer.load_state_dict(stored["optimizer"])
         self.epoch, self.step, self.records = stored["epoch"], stored["step"], stored["records"]
-        self.seconds, self.errors = stored["seconds"], [list(e) for e in stored["errors"]]
-        self.sums = training.Sums(dict(stored["sums"]))
+        self.seconds, self.costs = stored["seconds"], [list(costs) for costs in stored["costs"]]
+        self.sums, self.carry = Sums(dict(stored["sums"])), dict(stored["carry"])
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Budget:
     steps: int  # in all
 
     @classmethod
-    def of(cls, settings: RandomSearchConfig, task: Classification) -> Budget:
+    def of(cls, settings: RandomSearchConfig, task: Task) -> Budget:
         """Return `steps`, or `epochs` passes over the weights' half."""
         epoch_steps = len(task.search_epoch(Draws(settings.seed)))
         return cls(epoch_steps, settings.steps or settings.epochs * epoch_steps)
@@ -137,7 +141,7 @@ class Budget:
 
 def loop(
     settings: RandomSearchConfig,
-    task: Classification,
+    task: Task,
     state: RandomSearchState,
     run: RunDir,
     stop: training.Stop,
@@ -176,15 +180,15 @@ def loop(
                 clock.reset()
             if stop.asked:
                 raise training.Interrupted(training.resume_command("random_search", run.folder))
-        end_epoch(budget, state, run, events, rate, started)
+        end_epoch(task, budget, state, run, events, rate, started)
         clock.reset()
 
 
 def train_step(
     settings: RandomSearchConfig,
-    task: Classification,
+    task: Task,
     state: RandomSearchState,
-    batch: tuple[Tensor, Tensor],
+    batch: Batch,
     weights: dict[str, Tensor],
     draws: Draws,
     run: RunDir,
@@ -195,21 +199,21 @@ def train_step(
     --skip-unsampled too; that leaves away to compute it, which would move its batch norms.
     """
     weights = on_network(weights, state.supernet)
-    images, labels = batch
     supernet = state.supernet
     if settings.skip_unsampled:
         supernet = supernet.restricted(weights)
         for parameter in state.supernet.parameters():
             parameter.grad = torch.zeros_like(parameter)
-    logits = supernet(images, weights, draws)
-    loss = task.loss(logits, labels)
-    state.sums.add(float(loss.detach()), logits, labels)
-    training.descend(loss, state.supernet, state.optimizer, settings, state, run)
+    outcome = task.run_supernet(supernet, batch, weights, draws, state.carry, regularised=True)
+    state.carry = dict(outcome.carry)
+    state.sums.add(outcome)
+    training.descend(outcome.objective, state.supernet, state.optimizer, settings, state, run)
 
 
-def on_network(weights: dict[str, Tensor], supernet: Supernet) -> dict[str, Tensor]:
+def on_network(weights: dict[str, Tensor], supernet: SearchNetwork) -> dict[str, Tensor]:
     """Return the operations' weights on the supernet's device."""
-    return {kind: tensor.to(supernet.classifier.weight) for kind, tensor in weights.items()}
+    parameter = next(supernet.parameters())
+    return {kind: tensor.to(parameter) for kind, tensor in weights.items()}
 
 
 def cutout_probability(settings: RandomSearchConfig) -> float:
@@ -218,6 +222,7 @@ def cutout_probability(settings: RandomSearchConfig) -> float:
 
 
 def end_epoch(
+    task: Task,
     budget: Budget,
     state: RandomSearchState,
     run: RunDir,
@@ -226,22 +231,23 @@ def end_epoch(
     started: float,
 ) -> None:
     """Write the epoch's line, then the checkpoint, and print a line."""
+    metric = task.metric
     record = {
         "epoch": state.epoch,
         "learning_rate": rate,
         "drop_path_prob": state.supernet.drop_path_prob,
         "train_loss": state.sums.loss,
-        "train_accuracy": state.sums.accuracy,
+        f"train_{metric.name}": state.sums.score(metric),
         "seconds": round(time.monotonic() - started, 3),
     }
     run.append_metrics(record)
     events.write(record)
-    state.epoch, state.step, state.seconds, state.sums = state.epoch + 1, 0, 0.0, training.Sums()
-    state.records += 1
+    state.epoch, state.step, state.seconds, state.sums = state.epoch + 1, 0, 0.0, Sums()
+    state.records, state.carry = state.records + 1, {}
     run.save_checkpoint(state.to_checkpoint())
     print(
         f"epoch {record['epoch']:>3}/{budget.epochs - 1}  train loss {record['train_loss']:.3f} "
-        f"accuracy {record['train_accuracy']:.1%} under random architectures  "
+        f"{metric.said(record[f'train_{metric.name}'])} under random architectures  "
         f"{record['seconds']:.1f} s",
         flush=True,
     )
@@ -249,16 +255,16 @@ def end_epoch(
 
 @dataclass(frozen=True)
 class Finalist:
-    """One of the best of a round, with its validation errors under the shared weights."""
+    """One of the best of a round, with its validation costs under the shared weights."""
 
     genotype: Genotype
-    sampled_error: float  # on the sample of batches
-    valid_error: float  # on all
+    sampled: float  # on the sample of batches
+    valid: float  # on all
 
 
 def select(
     settings: RandomSearchConfig,
-    task: Classification,
+    task: Task,
     state: RandomSearchState,
     run: RunDir,
     stop: training.Stop,
@@ -279,14 +285,14 @@ def select(
         drawn = [without_none(architectures.draw(key.at(step=step))) for step in steps]
         sampled = list(dict.fromkeys(drawn))
         few = task.validation_sample(settings.sample_batches, key.at(step=i))
-        errors = selection.errors_of(2 * i, sampled, few, f"round {i}, random architectures")
-        order = sorted(range(len(sampled)), key=errors.__getitem__)[: settings.finalists]
+        costs = selection.costs_of(2 * i, sampled, few, f"round {i}, random architectures")
+        order = sorted(range(len(sampled)), key=costs.__getitem__)[: settings.finalists]
         best = [sampled[k] for k in order]
         whole = task.validation_batches()
-        finals = selection.errors_of(2 * i + 1, best, whole, f"round {i}, finalists")
-        scores = zip(best, (errors[k] for k in order), finals, strict=True)
+        finals = selection.costs_of(2 * i + 1, best, whole, f"round {i}, finalists")
+        scores = zip(best, (costs[k] for k in order), finals, strict=True)
         found += [Finalist(*score) for score in scores]
-    return sorted(found, key=lambda finalist: finalist.valid_error)
+    return sorted(found, key=lambda finalist: finalist.valid)
 
 
 @dataclass
@@ -294,27 +300,25 @@ class Selection:
     """What the stages of a selection share."""
 
     settings: RandomSearchConfig
-    task: Classification
+    task: Task
     state: RandomSearchState
     run: RunDir
     stop: training.Stop
 
-    def errors_of(
+    def costs_of(
         self, stage: int, genotypes: Sequence[Genotype], batches: Sequence[Tensor], title: str
     ) -> list[float]:
-        """Return each architecture's validation error on `batches`, from where the state stands in
+        """Return each architecture's validation cost on `batches`, from where the state stands in
         this stage; print a line.
         """
         state = self.state
-        state.errors += [[] for _ in range(stage + 1 - len(state.errors))]
-        errors = state.errors[stage]
+        state.costs += [[] for _ in range(stage + 1 - len(state.costs))]
+        costs, metric = state.costs[stage], self.task.metric
         clock = training.Clock(self.settings.checkpoint_minutes)
         started = time.monotonic() - state.seconds
-        missing = len(errors) < len(genotypes)
-        for genotype in training.progress(genotypes, len(errors), title):
-            errors.append(
-                validation_error(self.settings, self.task, state, genotype, stage, batches)
-            )
+        missing = len(costs) < len(genotypes)
+        for genotype in training.progress(genotypes, len(costs), title):
+            costs.append(validation_cost(self.settings, self.task, state, genotype, stage, batches))
             state.seconds = time.monotonic() - started
             if self.stop.asked or clock.due():
                 self.run.save_checkpoint(state.to_checkpoint())
@@ -324,62 +328,62 @@ class Selection:
                 raise training.Interrupted(training.resume_command("random_search", folder))
         if missing:
             self.run.save_checkpoint(state.to_checkpoint())
-        images = sum(len(rows) for rows in batches)
         print(
-            f"{title}: {len(genotypes)} on {images} images, validation error {min(errors):.2%} to "
-            f"{max(errors):.2%}  after {state.seconds:.1f} s",
+            f"{title}: {len(genotypes)} on {len(batches)} batches, validation {metric.cost} "
+            f"{metric.text(min(costs))} to {metric.text(max(costs))}  after {state.seconds:.1f} s",
             flush=True,
         )
-        return errors
+        return costs
 
 
 @torch.no_grad()
-def validation_error(
+def validation_cost(
     settings: RandomSearchConfig,
-    task: Classification,
+    task: Task,
     state: RandomSearchState,
     genotype: Genotype,
     stage: int,
     batches: Sequence[Tensor],
 ) -> float:
-    """Return the share of wrong answers of an architecture with the shared weights, in eval mode,
-    augmented as published.
+    """Return the cost (share of wrong answers, ...) of an architecture with the shared weights, in
+    eval mode, augmented as published.
     """
-    sums, draws = training.Sums(), Draws(settings.seed, pass_index=training.EVALUATION_PASS)
+    carry: Carry = {}
+    sums, draws = Sums(), Draws(settings.seed, pass_index=training.EVALUATION_PASS)
     cutout = cutout_probability(settings)
     weights = on_network(one_hot_weights(state.supernet.space, genotype.cells), state.supernet)
-    supernet = state.supernet.eval().restricted(weights)
+    supernet = task.only(state.supernet.eval(), weights)
     for b, rows in enumerate(batches):
         key = draws.at(step=(stage << 16) | b)
-        images, labels = task.training_batch(rows, key, cutout, validation=True)
-        logits = supernet(images, weights, key)
-        sums.add(float(task.loss(logits, labels)), logits, labels)
-    return 1.0 - sums.accuracy
+        batch = task.training_batch(rows, key, cutout, validation=True)
+        outcome = task.run_supernet(supernet, batch, weights, key, carry)
+        carry = outcome.carry
+        sums.add(outcome)
+    return sums.cost(task.metric)
 
 
 def announce(
     settings: RandomSearchConfig,
     where: dict[str, Any],
-    task: Classification,
-    supernet: Supernet,
+    task: Task,
+    supernet: SearchNetwork,
     run: RunDir,
 ) -> None:
     """Print what runs, once."""
-    images, budget = task.images, Budget.of(settings, task)
-    halves = [len(half) for half in images.halves]
+    budget = Budget.of(settings, task)
     print(
-        f"random search {supernet.space.name} on {task.describe()}: {halves[0]} images for the "
-        f"weights, {halves[1]} for the selection; one of "
+        f"random search {supernet.space.name} on {task.describe()}: "
+        f"{task.describe_halves('the selection')}; one of "
         f"{Architectures(supernet.space, whole=True).count:.2g} architectures"
     )
     print(
-        f"supernet: {settings.layers} cells of {settings.channels} channels, "
+        f"supernet: {task.describe_network(settings, supernet)}, "
         f"{training.count_parameters(supernet):,} parameters; {budget.steps} steps "
         f"({budget.epochs} epochs) of batch {settings.batch_size}, then {budget.rounds} x "
         f"{settings.samples} architectures; seed {settings.seed}"
     )
-    if settings.preset == "default" and config.has_own_defaults(RandomSearchConfig, settings.data):
-        smaller = f"these are the smaller defaults of {images.name}"
+    if settings.preset == "default" and config.has_own_defaults(type(settings), settings.data):
+        smaller = f"these are the smaller defaults of {task.data_name}"
         print(f"{smaller}; --preset paper has the published ones")
     print(
         f"backend {settings.backend}, device {where['device']}, float32, {where['threads']} threads"
@@ -389,6 +393,7 @@ def announce(
 
 def finish(
     settings: RandomSearchConfig,
+    task: Task,
     state: RandomSearchState,
     run: RunDir,
     finalists: Sequence[Finalist],
@@ -396,18 +401,18 @@ def finish(
     """Write the best finalist's genotype, the picture of its cells and result.json, and print
     it.
     """
-    best, space = finalists[0], state.supernet.space
+    best, space, metric = finalists[0], state.supernet.space, task.metric
     table = [
         {
-            "sampled_error": finalist.sampled_error,
-            "valid_error": finalist.valid_error,
+            f"sampled_{metric.cost}": finalist.sampled,
+            f"valid_{metric.cost}": finalist.valid,
             "genotype": finalist.genotype.to_dict(),
         }
         for finalist in finalists
     ]
     training_seconds = sum(record["seconds"] for record in Run.read(run.folder).metrics)
     result = {
-        "valid_error": best.valid_error,
+        f"valid_{metric.cost}": best.valid,
         "finalists": table,
         "training_seconds": training_seconds,
         "seconds": training_seconds + round(state.seconds, 3),
@@ -422,7 +427,7 @@ def finish(
     run.write_json(RESULT, result)
     print("\ngenotype:")
     print(best.genotype.describe())
-    print(f"validation error with the shared weights: {best.valid_error:.2%}")
+    print(f"validation {metric.cost} with the shared weights: {metric.text(best.valid)}")
     print(f"run folder: {run.folder} (genotype.json, cells.svg, result.json: all finalists)")
     print(f"train it from scratch: python -m rdarts_fast.retrain {run.folder}", flush=True)
     return Run.read(run.folder)

@@ -6,6 +6,7 @@ python -m rdarts_fast.retrain runs/s4-digits-seed0 --preset 20x16
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rdarts_fast import config, config_sources, training
+from rdarts_fast import config, config_sources, tasks, training
 from rdarts_fast.config import RetrainConfig
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError, exit_on_user_error
 from rdarts_fast.events import Events
 from rdarts_fast.genotype import Genotype, read_genotype
-from rdarts_fast.networks import Network
+from rdarts_fast.metrics import Outcome, Sums, metric_of
 from rdarts_fast.ranks import Bystander, Part, Ranks, joined, prints_here
 from rdarts_fast.run_dir import RESULT, Run, RunDir
-from rdarts_fast.tasks.classification import Classification
+from rdarts_fast.tasks import Batch, Carry, Task
 
 
 def run_retraining(**settings: Any) -> list[Run]:
@@ -66,9 +67,10 @@ def retrain_all(settings: RetrainConfig) -> list[Run]:
     if not prints_here():
         return runs
     on = tested_on(settings)
-    print(f"\nepoch of the search  {on} error")
+    metric = metric_of(settings.task)
+    print(f"\nepoch of the search  {on} {metric.cost}")
     for epoch, run in zip(epochs, runs, strict=True):
-        print(f"{epoch:>19}  {run.metrics[-1][f'{on}_error']:.2%}")
+        print(f"{epoch:>19}  {metric.text(run.metrics[-1][f'{on}_{metric.cost}'])}")
     return runs
 
 
@@ -120,8 +122,9 @@ def retrain(settings: RetrainConfig) -> Run:
 
 def _retrain(settings: RetrainConfig, device: torch.device, ranks: Ranks) -> Run:
     genotype = find_genotype(settings)
-    task = Classification.load(settings, device)
-    state = RetrainState.start(settings, task.network(settings, genotype).to(device))
+    task = tasks.load(settings, device)
+    network = task.network(settings, genotype).to(device)
+    state = RetrainState.start(settings, network, task.optimizer(network))
     if settings.compile:
         state.network.compile()
     where = training.environment(device, settings, task.fingerprint(), ranks.count)
@@ -130,11 +133,11 @@ def _retrain(settings: RetrainConfig, device: torch.device, ranks: Ranks) -> Run
         training.Stop().watching() as stop,
     ):
         announce(settings, where, task, state, run)
-        model = ranks.wrapped(state.network, device, all_used=state.network.uses_all)
+        model = ranks.wrapped(state.network, device, all_used=task.uses_all(state.network))
         with training.event_writer(settings, run, state.epoch, ranks.first) as events:
-            loop(settings, task, Model(model, settings, ranks), state, run, stop, events)
+            loop(settings, task, Model(model, task, settings, ranks), state, run, stop, events)
         if ranks.first:
-            finish(settings, state, run)
+            finish(settings, task, state, run)
         ranks.from_first(None)  # the others wait for its result.json
         return Run.read(run.folder)
 
@@ -158,7 +161,7 @@ def open_on_ranks(
         return
     sent = ranks.from_first(None)
     state.from_checkpoint(sent["state"])
-    state.sums = training.Sums()  # the first has them all
+    state.sums = Sums()  # the first has them all
     yield Bystander(Path(sent["folder"]))
 
 
@@ -166,18 +169,28 @@ def open_on_ranks(
 class Model:
     """The network as the settings want it computed, on this rank's part of each batch."""
 
-    network: nn.Module  # a Network, or what averages its gradients over the ranks
+    network: nn.Module  # the task's, or what averages its gradients over the ranks
+    task: Task
     settings: RetrainConfig
     ranks: Ranks
 
-    def __call__(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor | None]:
-        """Return logits and auxiliary logits (None where there are none), float32."""
+    def __call__(self, batch: Batch, draws: Draws, carry: Carry) -> Outcome:
+        """Return the outcome of a pass; what the network returns is float32."""
         if self.settings.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with autocast(self.settings, images.device):
-            outputs = self.network(images, draws)
-        logits, auxiliary = outputs if isinstance(outputs, tuple) else (outputs, None)
-        return logits.float(), None if auxiliary is None else auxiliary.float()
+            batch = tuple(innermost(part) for part in batch)
+        return self.task.run_network(self._called, batch, draws, carry)
+
+    def _called(self, *inputs: Any) -> Any:
+        with autocast(self.settings, next(self.network.parameters()).device):
+            outputs = self.network(*inputs)
+        if isinstance(outputs, Tensor):
+            return outputs.float()
+        return tuple(part.float() if isinstance(part, Tensor) else part for part in outputs)
+
+
+def innermost(part: Tensor) -> Tensor:
+    """Return a part of a batch, images with their channels innermost."""
+    return part.contiguous(memory_format=torch.channels_last) if part.ndim == 4 else part
 
 
 def autocast(settings: RetrainConfig, device: torch.device) -> torch.autocast:
@@ -190,21 +203,24 @@ def autocast(settings: RetrainConfig, device: torch.device) -> torch.autocast:
 class RetrainState:
     """Everything that changes during a retraining, and that a checkpoint holds."""
 
-    network: Network
-    optimizer: torch.optim.SGD
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
     epoch: int = 0
     step: int = 0  # within the epoch
     records: int = 0  # lines of metrics.jsonl
-    best_error: float = 1.0
-    sums: training.Sums = field(default_factory=training.Sums)
+    best_cost: float = math.inf
+    sums: Sums = field(default_factory=Sums)
     seconds: float = 0.0  # spent in the present epoch
+    carry: dict[str, Tensor] = field(default_factory=dict)  # an RNN's state
 
     @classmethod
-    def start(cls, settings: RetrainConfig, network: Network) -> RetrainState:
+    def start(
+        cls, settings: RetrainConfig, network: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> RetrainState:
         """Return the state before the first step."""
         if settings.channels_last:
             network.to(memory_format=torch.channels_last)
-        return cls(network, training.sgd(network.parameters(), settings))
+        return cls(network, optimizer)
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Return the state as a checkpoint holds it."""
@@ -213,7 +229,8 @@ class RetrainState:
             "epoch": self.epoch,
             "step": self.step,
             "records": self.records,
-            "best_error": self.best_error,
+            "best_cost": self.best_cost,
+            "carry": self.carry,
             "sums": dict(self.sums.values),
             "seconds": self.seconds,
             "network": self.network.state_dict(),
@@ -225,13 +242,13 @@ class RetrainState:
         self.network.load_state_dict(stored["network"])
         self.optimizer.load_state_dict(stored["optimizer"])
         self.epoch, self.step, self.records = stored["epoch"], stored["step"], stored["records"]
-        self.best_error, self.seconds = stored["best_error"], stored["seconds"]
-        self.sums = training.Sums(dict(stored["sums"]))
+        self.best_cost, self.seconds = stored["best_cost"], stored["seconds"]
+        self.sums, self.carry = Sums(dict(stored["sums"])), dict(stored["carry"])
 
 
 def loop(
     settings: RetrainConfig,
-    task: Classification,
+    task: Task,
     model: Model,
     state: RetrainState,
     run: RunDir,
@@ -247,14 +264,13 @@ def loop(
         rate = training.cosine(
             epoch, settings.epochs, settings.learning_rate, settings.learning_rate_min
         )
-        training.set_learning_rate(state.optimizer, rate)
-        state.network.drop_path_prob = training.linear(
-            epoch, settings.epochs, settings.drop_path_prob
-        )
+        drop_path = training.linear(epoch, settings.epochs, settings.drop_path_prob)
+        task.set_drop_path(state.network, drop_path)
         batches = task.retrain_epoch(draws.at(step=epoch), holdout=settings.holdout)
         state.network.train()
         for rows in training.progress(batches, state.step, f"epoch {epoch}"):
             step = draws.at(step=epoch * len(batches) + state.step)
+            training.set_learning_rate(state.optimizer, rate * task.rate_scale(rows))
             train_step(settings, task, model, state, model.ranks.part(rows, step), run)
 
             state.step += 1
@@ -279,26 +295,25 @@ def loop(
 def gather(state: RetrainState, ranks: Ranks) -> None:
     """Let the first rank have the sums of all, and the others begin anew."""
     total = ranks.total(state.sums.values)
-    state.sums = training.Sums(total if ranks.first else {name: 0.0 for name in total})
+    state.sums = Sums(total if ranks.first else {name: 0.0 for name in total})
 
 
 def train_step(
     settings: RetrainConfig,
-    task: Classification,
+    task: Task,
     model: Model,
     state: RetrainState,
     part: Part,
     run: RunDir,
 ) -> None:
-    """One step of SGD on the cross-entropy, the auxiliary head's added under its weight."""
-    images, labels = task.training_batch(part.rows, part.draws, settings.cutout_prob)
-    logits, auxiliary = model(images, part.draws)
-    loss = task.loss(logits, labels)
+    """One step of the optimiser on the task's objective."""
+    batch = task.training_batch(part.rows, part.draws, settings.cutout_prob)
+    outcome = model(batch, part.draws, state.carry)
+    state.carry = dict(outcome.carry)
     if part.weight > 0.0:
-        state.sums.add(float(loss.detach()), logits, labels)
-    if auxiliary is not None:
-        loss = loss + settings.auxiliary_weight * task.loss(auxiliary, labels)
-    training.descend(part.weight * loss, state.network, state.optimizer, settings, state, run)
+        state.sums.add(outcome)
+    loss = part.weight * outcome.objective
+    training.descend(loss, state.network, state.optimizer, settings, state, run)
 
 
 def tested_on(settings: RetrainConfig) -> str:
@@ -307,28 +322,29 @@ def tested_on(settings: RetrainConfig) -> str:
 
 
 @torch.no_grad()
-def test(
-    settings: RetrainConfig, task: Classification, model: Model, state: RetrainState
-) -> training.Sums:
-    """Return loss and accuracy on the test images, or on the held-out half of the training
-    images; each rank computes its share of the batches.
+def test(settings: RetrainConfig, task: Task, model: Model, state: RetrainState) -> Sums:
+    """Return loss and score on the test data, or on the held-out part of the training data; each
+    rank computes its share of the batches.
     """
-    sums, draws = training.Sums(), Draws(settings.seed)
+    carry: Carry = {}
+    sums, draws = Sums(), Draws(settings.seed)
     batches = task.validation_batches() if settings.holdout else task.test_batches()
     state.network.eval()
     here = replace(model, network=state.network)  # without a word to the other ranks
-    for b in range(model.ranks.rank, len(batches), model.ranks.count):
-        rows = batches[b]
-        images, labels = task.holdout_batch(rows) if settings.holdout else task.test_batch(rows)
-        logits, _ = here(images, draws.at(step=b, pass_index=training.EVALUATION_PASS))
-        sums.add(float(task.loss(logits, labels)), logits, labels)
+    with task.averaged(state.optimizer):
+        for b in range(model.ranks.rank, len(batches), model.ranks.count):
+            rows = batches[b]
+            batch = task.holdout_batch(rows) if settings.holdout else task.test_batch(rows)
+            outcome = here(batch, draws.at(step=b, pass_index=training.EVALUATION_PASS), carry)
+            carry = outcome.carry
+            sums.add(outcome)
     state.network.train()
-    return training.Sums(model.ranks.total(sums.values))
+    return Sums(model.ranks.total(sums.values))
 
 
 def end_epoch(
     settings: RetrainConfig,
-    task: Classification,
+    task: Task,
     model: Model,
     state: RetrainState,
     run: RunDir,
@@ -338,57 +354,57 @@ def end_epoch(
 ) -> None:
     """Test, write the epoch's line, then the checkpoints, and print a line."""
     tested, on = test(settings, task, model, state), tested_on(settings)
-    error = 1.0 - tested.accuracy
+    metric, first = task.metric, model.ranks.first
+    cost = tested.cost(metric)
     record = {
         "epoch": state.epoch,
         "learning_rate": rate,
-        "drop_path_prob": state.network.drop_path_prob,
-        "train_loss": state.sums.loss if model.ranks.first else 0.0,
-        "train_accuracy": state.sums.accuracy if model.ranks.first else 0.0,
+        "drop_path_prob": training.linear(state.epoch, settings.epochs, settings.drop_path_prob),
+        "train_loss": state.sums.loss if first else 0.0,
+        f"train_{metric.name}": state.sums.score(metric) if first else 0.0,
         f"{on}_loss": tested.loss,
-        f"{on}_error": error,
+        f"{on}_{metric.cost}": cost,
+        **{f"{on}_{name}": value for name, value in tested.more().items()},
         "seconds": round(time.monotonic() - started, 3),
     }
     training.check_finite(torch.tensor(tested.loss), f"{on} loss", state.epoch, state.step, run)
     run.append_metrics(record)
     events.write(record)
-    state.epoch, state.step, state.seconds, state.sums = state.epoch + 1, 0, 0.0, training.Sums()
-    state.records += 1
-    best = error < state.best_error or state.records == 1
-    if best:
-        state.best_error = error
+    state.epoch, state.step, state.seconds, state.sums = state.epoch + 1, 0, 0.0, Sums()
+    state.records, state.carry = state.records + 1, {}
+    changed = task.tested(state.optimizer, cost)
+    if cost < state.best_cost or state.records == 1:
+        state.best_cost = cost
         run.save_checkpoint(state.to_checkpoint(), "best")
     run.save_checkpoint(state.to_checkpoint())
     print(
         f"epoch {record['epoch']:>3}/{settings.epochs - 1}  train loss {record['train_loss']:.3f} "
-        f"accuracy {record['train_accuracy']:.1%}  "
-        f"{on} error {error:.2%} (best {state.best_error:.2%})  {record['seconds']:.1f} s",
+        f"{metric.said(record[f'train_{metric.name}'])}  "
+        f"{on} {metric.cost} {metric.text(cost)} (best {metric.text(state.best_cost)})  "
+        f"{record['seconds']:.1f} s",
         flush=True,
     )
+    if changed:
+        print("the weights are averaged from now on (NT-ASGD)", flush=True)
 
 
 def announce(
     settings: RetrainConfig,
     where: dict[str, Any],
-    task: Classification,
+    task: Task,
     state: RetrainState,
     run: RunDir,
 ) -> None:
     """Print what runs, once."""
-    images = task.images
-    sizes = f"{len(images.train_labels)} training and {len(images.test_labels)} test images"
-    if settings.holdout:
-        halves = [len(half) for half in images.halves]
-        sizes = f"{halves[0]} training images, {halves[1]} held out; the test images are not used"
+    sizes = task.describe_training(holdout=settings.holdout)
     print(f"retrain {settings.source} on {task.describe()}: {sizes}")
-    auxiliary = "without" if state.network.auxiliary is None else "with"
     print(
-        f"network: {settings.layers} cells of {settings.channels} channels, "
-        f"{training.count_parameters(state.network):,} parameters, {auxiliary} auxiliary head; "
+        f"network: {task.describe_network(settings, state.network)}, "
+        f"{training.count_parameters(state.network):,} parameters; "
         f"{settings.epochs} epochs of batch {settings.batch_size}, seed {settings.seed}"
     )
-    if settings.preset == "default" and config.has_own_defaults(RetrainConfig, settings.data):
-        smaller = f"these are the smaller defaults of {images.name}"
+    if settings.preset == "default" and config.has_own_defaults(type(settings), settings.data):
+        smaller = f"these are the smaller defaults of {task.data_name}"
         print(f"{smaller}; --preset paper, 20x16 and 20x36 are the published ones")
     ways = [where["precision"], f"{where['threads']} threads"]
     ways += ["channels_last"] if settings.channels_last else []
@@ -398,20 +414,20 @@ def announce(
     print(f"run folder: {run.folder}", flush=True)
 
 
-def finish(settings: RetrainConfig, state: RetrainState, run: RunDir) -> None:
-    """Write result.json and print the error."""
-    metrics, on = Run.read(run.folder).metrics, tested_on(settings)
-    last = metrics[-1][f"{on}_error"]
+def finish(settings: RetrainConfig, task: Task, state: RetrainState, run: RunDir) -> None:
+    """Write result.json and print the cost."""
+    metrics, on, metric = Run.read(run.folder).metrics, tested_on(settings), task.metric
+    last = metrics[-1][f"{on}_{metric.cost}"]
     result = {
-        f"{on}_error": last,
-        f"best_{on}_error": state.best_error,
+        f"{on}_{metric.cost}": last,
+        f"best_{on}_{metric.cost}": state.best_cost,
         "parameters": training.count_parameters(state.network),
         "seconds": sum(record["seconds"] for record in metrics),
     }
     run.write_json(RESULT, result)
-    best = f"(best epoch: {state.best_error:.2%})"
+    best = f"(best epoch: {metric.text(state.best_cost)})"
     name = "validation" if settings.holdout else "test"
-    print(f"\n{name} error after the last epoch: {last:.2%} {best}")
+    print(f"\n{name} {metric.cost} after the last epoch: {metric.text(last)} {best}")
     print(f"run folder: {run.folder}", flush=True)
 
 

@@ -16,19 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdarts_fast import bilevel, config, config_sources, evaluation, plots, tracking, training
+from rdarts_fast import (
+    bilevel,
+    config,
+    config_sources,
+    evaluation,
+    plots,
+    tasks,
+    tracking,
+    training,
+)
 from rdarts_fast.config import SearchConfig
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError, exit_on_user_error
 from rdarts_fast.events import Events
 from rdarts_fast.genotype import Genotype, discretize, kept_edges
-from rdarts_fast.networks import Supernet, softmax_weights
+from rdarts_fast.metrics import Outcome, Sums
+from rdarts_fast.networks import SearchNetwork, softmax_weights
 from rdarts_fast.oracle import Oracle
 from rdarts_fast.rollback import early_stop, goes_on, mark_abandoned, save_for_rollback
 from rdarts_fast.run_dir import GENOTYPE, RESULT, SPACE, Run, RunDir
 from rdarts_fast.search_state import SearchState
 from rdarts_fast.spaces import load_space
-from rdarts_fast.tasks.classification import Classification
+from rdarts_fast.tasks import Batch, Task
 
 
 def run_search(**settings: Any) -> Run:
@@ -53,10 +63,10 @@ def _search(settings: SearchConfig, device: torch.device) -> Run:
     oracle = None if settings.oracle is None else Oracle.read(settings.oracle)
     if oracle is not None:
         oracle.check(space, settings.data)
-    task = Classification.load(settings, device)
+    task = tasks.load(settings, device)
     state = SearchState.start(settings, task.supernet(settings, space).to(device))
     where = training.environment(device, settings, task.fingerprint())
-    name = f"{space.name}-{training.plain(task.images.name)}-seed{settings.seed}"
+    name = f"{space.name}-{training.plain(task.data_name)}-seed{settings.seed}"
     files = {SPACE: json.dumps(space.to_dict())}
     with (
         training.open_run(settings, where, name, "search", state, files) as run,
@@ -65,12 +75,12 @@ def _search(settings: SearchConfig, device: torch.device) -> Run:
         announce(settings, where, task, state.supernet, run)
         with training.event_writer(settings, run, state.epoch) as events:
             loop(settings, task, state, run, stop, events, oracle)
-        return finish(settings, state, run)
+        return finish(settings, task, state, run)
 
 
 def loop(
     settings: SearchConfig,
-    task: Classification,
+    task: Task,
     state: SearchState,
     run: RunDir,
     stop: training.Stop,
@@ -88,7 +98,6 @@ def loop(
         rate = training.cosine(
             epoch, settings.epochs, settings.learning_rate, settings.learning_rate_min
         )
-        training.set_learning_rate(state.weight_optimizer, rate)
         state.supernet.drop_path_prob = evaluation.drop_path_probability(
             settings, state.regularisation, epoch
         )
@@ -102,11 +111,13 @@ def loop(
             validation_rows = task.validation_rows(step)
             validation_batch = task.training_batch(validation_rows, step, cutout, validation=True)
             losses = Losses(settings, task, state, step)
+            step_rate = rate * task.rate_scale(rows)
+            training.set_learning_rate(state.weight_optimizer, step_rate)
 
-            alpha_step(
-                settings, state, losses.of(training_batch), losses.of(validation_batch), rate, run
-            )
-            weight_step(settings, state, losses.of(training_batch, keep=True), run)
+            training_loss = losses.of(training_batch, "weights")
+            validation_loss = losses.of(validation_batch, "alphas", carries=True)
+            alpha_step(settings, state, training_loss, validation_loss, step_rate, run)
+            weight_step(settings, state, losses.of_weights(training_batch), run)
 
             state.step += 1
             if stop.asked or clock.due():
@@ -126,7 +137,7 @@ class Losses:
     """
 
     settings: SearchConfig
-    task: Classification
+    task: Task
     state: SearchState
     draws: Draws
 
@@ -134,21 +145,36 @@ class Losses:
         shared = self.settings.noise_per_pass == "shared"
         self._passes: Iterator[int] = itertools.repeat(0) if shared else itertools.count()
 
-    def of(self, batch: tuple[Tensor, Tensor], *, keep: bool = False) -> Callable[[], Tensor]:
-        """Return the closure of the supernet's loss on `batch`; `keep` adds what it computes to the
-        epoch's sums.
+    def of(self, batch: Batch, stream: str, *, carries: bool = False) -> Callable[[], Tensor]:
+        """Return the closure of the supernet's loss on `batch` of a stream, "weights" or "alphas".
+
+        carries: whether the stream's next batch goes on with the state that this one ends with.
         """
-        images, labels = batch
+        return lambda: self._run(batch, stream, carries=carries).objective
+
+    def of_weights(self, batch: Batch) -> Callable[[], Tensor]:
+        """Return the closure of what a step of the weights descends; it adds to the epoch's
+        sums.
+        """
 
         def loss() -> Tensor:
-            draws = self.draws.at(pass_index=next(self._passes))
-            logits = self.state.supernet(images, softmax_weights(self.state.alphas), draws)
-            value = self.task.loss(logits, labels)
-            if keep:
-                self.state.sums.add(float(value.detach()), logits, labels)
-            return value
+            outcome = self._run(batch, "weights", carries=True, regularised=True)
+            self.state.sums.add(outcome)
+            return outcome.objective
 
         return loss
+
+    def _run(
+        self, batch: Batch, stream: str, *, carries: bool, regularised: bool = False
+    ) -> Outcome:
+        draws = self.draws.at(pass_index=next(self._passes))
+        weights, carry = softmax_weights(self.state.alphas), self.state.carry.get(stream, {})
+        outcome = self.task.run_supernet(
+            self.state.supernet, batch, weights, draws, carry, regularised=regularised
+        )
+        if carries:
+            self.state.carry[stream] = dict(outcome.carry)
+        return outcome
 
 
 def alpha_step(
@@ -196,7 +222,7 @@ def weight_step(
 
 def measure_curvature(
     settings: SearchConfig,
-    task: Classification,
+    task: Task,
     state: SearchState,
     run: RunDir,
     cutout: float,
@@ -210,11 +236,11 @@ def measure_curvature(
         return {}
     started = time.monotonic()
     draws = Draws(settings.seed, state.branch)
-    batch = evaluation.curvature_batch(task, draws, state.epoch, state.step, cutout)
+    batch, key = evaluation.curvature_batch(task, draws, state.epoch, state.step, cutout)
 
     state.supernet.train()
     try:
-        operator = state.supernet.hessian_operator(state.alphas, *batch)
+        operator = task.hessian_operator(state.supernet, state.alphas, batch, key)
         found = tracking.measure(settings, operator, list(state.alphas.values()), started)
     except FloatingPointError as error:
         raise UserError(
@@ -243,7 +269,7 @@ def more_text(record: Mapping[str, Any]) -> str:
 
 def end_epoch(
     settings: SearchConfig,
-    task: Classification,
+    task: Task,
     state: SearchState,
     run: RunDir,
     events: Events,
@@ -258,7 +284,7 @@ def end_epoch(
     curvature = measure_curvature(settings, task, state, run, cutout)
     weights, draws = softmax_weights(state.alphas), Draws(settings.seed, state.branch)
     valid = evaluation.validate(task, state.supernet, weights, draws, state.epoch, cutout)
-    genotype = discretize(state.supernet.space, state.alphas)
+    genotype, metric = discretize(state.supernet.space, state.alphas), task.metric
     record = {
         "epoch": state.epoch,
         "branch": state.branch,
@@ -266,9 +292,10 @@ def end_epoch(
         "weight_decay": state.regularisation.weight_decay,
         "drop_path_prob": state.supernet.drop_path_prob,
         "train_loss": state.sums.loss,
-        "train_accuracy": state.sums.accuracy,
+        f"train_{metric.name}": state.sums.score(metric),
         "valid_loss": valid.loss,
-        "valid_accuracy": valid.accuracy,
+        f"valid_{metric.name}": valid.score(metric),
+        **{f"valid_{name}": value for name, value in valid.more().items()},
         **curvature,
         **({} if oracle is None else {"regret": oracle.regret(genotype)}),
         "alphas": {kind: alpha.tolist() for kind, alpha in state.alphas.items()},
@@ -279,14 +306,15 @@ def end_epoch(
     run.append_metrics(record)
     run.write_text(GENOTYPE, genotype.to_json())
     events.write(record)
-    state.epoch, state.step, state.seconds, state.sums = state.epoch + 1, 0, 0.0, training.Sums()
+    state.epoch, state.step, state.seconds, state.sums = state.epoch + 1, 0, 0.0, Sums()
+    state.carry = {}
     state.records += 1
     save_for_rollback(settings, state, run)
     run.save_checkpoint(state.to_checkpoint())
     print(
         f"epoch {record['epoch']:>3}/{settings.epochs - 1}  "
-        f"train loss {record['train_loss']:.3f} accuracy {record['train_accuracy']:.1%}  "
-        f"validation loss {valid.loss:.3f} accuracy {valid.accuracy:.1%}  "
+        f"train loss {record['train_loss']:.3f} {metric.said(record[f'train_{metric.name}'])}  "
+        f"validation loss {valid.loss:.3f} {metric.said(valid.score(metric))}  "
         f"{more_text(record)}{record['seconds']:.1f} s",
         flush=True,
     )
@@ -295,23 +323,19 @@ def end_epoch(
 def announce(
     settings: SearchConfig,
     where: dict[str, Any],
-    task: Classification,
-    supernet: Supernet,
+    task: Task,
+    supernet: SearchNetwork,
     run: RunDir,
 ) -> None:
     """Print what runs, once."""
-    images = task.images
+    print(f"search {supernet.space.name} on {task.describe()}: {task.describe_halves()}")
     print(
-        f"search {supernet.space.name} on {task.describe()}: "
-        f"{len(images.halves[0])} images for the weights, {len(images.halves[1])} for the alphas"
-    )
-    print(
-        f"supernet: {settings.layers} cells of {settings.channels} channels, "
+        f"supernet: {task.describe_network(settings, supernet)}, "
         f"{training.count_parameters(supernet):,} parameters; {settings.epochs} epochs of "
         f"batch {settings.batch_size}, {settings.order} order, seed {settings.seed}"
     )
-    if settings.preset == "default" and config.has_own_defaults(SearchConfig, settings.data):
-        smaller = f"these are the smaller defaults of {images.name}"
+    if settings.preset == "default" and config.has_own_defaults(type(settings), settings.data):
+        smaller = f"these are the smaller defaults of {task.data_name}"
         print(f"{smaller}; --preset paper has the published ones")
     print(
         f"backend {settings.backend}, device {where['device']}, float32, {where['threads']} threads"
@@ -319,7 +343,7 @@ def announce(
     print(f"run folder: {run.folder}", flush=True)
 
 
-def finish(settings: SearchConfig, state: SearchState, run: RunDir) -> Run:
+def finish(settings: SearchConfig, task: Task, state: SearchState, run: RunDir) -> Run:
     """Write result.json and the picture of the cells, and print the genotype: of the last epoch, or
     of the stop epoch where DARTS-ES ended the search.
     """
@@ -341,10 +365,12 @@ def finish(settings: SearchConfig, state: SearchState, run: RunDir) -> Run:
     title = f"{space.name}, {found['epoch'] + 1} epochs"
     plots.save_cells(run.folder / "cells.svg", edges, genotype.nodes, title)
     which = f" of epoch {found['epoch']}, where lambda_max began to grow" if found is early else ""
-    run.write_json(RESULT, {"valid_accuracy": found["valid_accuracy"], **result})
+    metric = task.metric
+    score = found[f"valid_{metric.name}"]
+    run.write_json(RESULT, {f"valid_{metric.name}": score, **result})
     print(f"\ngenotype{which}:")
     print(genotype.describe())
-    print(f"validation accuracy of the supernet: {found['valid_accuracy']:.2%}")
+    print(f"validation {metric.name} of the supernet: {metric.text(score)}")
     if early is not None and found is not early:
         print(f"DARTS-ES would have stopped with epoch {early['epoch']}'s: see result.json")
     print(f"run folder: {run.folder} (genotype.json, cells.svg, metrics.jsonl)")

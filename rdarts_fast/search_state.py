@@ -11,7 +11,8 @@ from torch import Tensor
 from rdarts_fast import training
 from rdarts_fast.config import SearchConfig
 from rdarts_fast.curvature import EigenvalueTrace
-from rdarts_fast.networks import Supernet
+from rdarts_fast.metrics import Sums
+from rdarts_fast.networks import SearchNetwork
 from rdarts_fast.regularisation import Regularisation
 
 
@@ -19,7 +20,7 @@ from rdarts_fast.regularisation import Regularisation
 class SearchState:
     """Everything that changes during a search, and that a checkpoint holds."""
 
-    supernet: Supernet
+    supernet: SearchNetwork
     alphas: dict[str, Tensor]  # cell type -> [E, O]
     weight_optimizer: torch.optim.SGD
     alpha_optimizer: torch.optim.Adam
@@ -29,11 +30,12 @@ class SearchState:
     step: int = 0  # within the epoch
     branch: int = 0
     records: int = 0  # lines of metrics.jsonl
-    sums: training.Sums = field(default_factory=training.Sums)
+    sums: Sums = field(default_factory=Sums)
     seconds: float = 0.0  # spent in the present epoch
+    carry: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # stream -> RNN's state
 
     @classmethod
-    def start(cls, settings: SearchConfig, supernet: Supernet) -> SearchState:
+    def start(cls, settings: SearchConfig, supernet: SearchNetwork) -> SearchState:
         """Return the state before the first step."""
         alphas = supernet.initial_alphas(settings.seed)
         weight_optimizer = training.sgd(supernet.parameters(), settings)
@@ -68,6 +70,7 @@ class SearchState:
             "seconds": self.seconds,
             "trace": [[epoch, value] for epoch, value in self.trace.measured],
             "regularisation": asdict(self.regularisation),
+            "carry": self.carry,
             "supernet": self.supernet.state_dict(),
             "alphas": {kind: alpha.detach() for kind, alpha in self.alphas.items()},
             "weight_optimizer": self.weight_optimizer.state_dict(),
@@ -86,7 +89,7 @@ class SearchState:
         self.alpha_optimizer.load_state_dict(stored["alpha_optimizer"])
         self.epoch, self.step, self.branch = stored["epoch"], stored["step"], stored["branch"]
         self.records, self.seconds = stored["records"], stored["seconds"]
-        self.sums = training.Sums(dict(stored["sums"]))
+        self.sums, self.carry = Sums(dict(stored["sums"])), stored["carry"]
         # A run that began before there were these has neither.
         self.trace = self.trace.replayed([(e, value) for e, value in stored.get("trace", [])])
         if "regularisation" in stored:

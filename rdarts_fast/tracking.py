@@ -11,7 +11,7 @@ import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from rdarts_fast import curvature
 from rdarts_fast.config import SearchConfig
-from rdarts_fast.curvature import Operator
-from rdarts_fast.curvature.operators import flat
+from rdarts_fast.curvature.operators import LossOperator, flat
 
 
 def due(settings: SearchConfig, epoch: int) -> bool:
@@ -28,12 +27,6 @@ def due(settings: SearchConfig, epoch: int) -> bool:
     if settings.curvature == "off":
         return False
     return epoch % settings.curvature_every == 0 or epoch == settings.epochs - 1
-
-
-class LossOperator(Operator, Protocol):
-    """The Hessian of a loss whose gradient [P] is known."""
-
-    gradient: Tensor
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -181,31 +180,6 @@ def descend(
     check_finite(norm, "norm of the weights' gradient", at.epoch, at.step, run)
     optimizer.step()
     optimizer.zero_grad()
-
-
-@dataclass
-class Sums:
-    """Running sums of one pass over a set: loss, right answers and images."""
-
-    values: dict[str, float] = field(
-        default_factory=lambda: {"loss": 0.0, "right": 0.0, "images": 0.0}
-    )
-
-    def add(self, loss: float, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: its mean loss, logits [N, classes] and labels [N]."""
-        self.values["loss"] += loss * len(labels)
-        self.values["right"] += float((logits.detach().argmax(dim=1) == labels).sum())
-        self.values["images"] += len(labels)
-
-    @property
-    def loss(self) -> float:
-        """Mean loss an image."""
-        return self.values["loss"] / self.values["images"]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers, in [0, 1]."""
-        return self.values["right"] / self.values["images"]
 
 
 class Stop:

@@ -23,6 +23,7 @@ from rdarts_fast.retrain import run_retraining
 from rdarts_fast.run_dir import Run, RunDir
 from rdarts_fast.search import run_search
 from rdarts_fast.spaces import SPACES
+from rdarts_fast.tasks.classification import Classification
 from tests.small import settings, write_images
 
 # The published worked example: lambda_max at epochs 0, 2, .., 22, and its local averages.
@@ -94,9 +95,9 @@ def test_the_supernets_accuracy_is_the_one_of_its_last_epoch(searched) -> None:
     assert all(int(edges.sum()) == 8 for edges in kept.values())
     for alpha in alphas.values():  # no weight but the genotype's
         alpha.data.mul_(0.0)
-    assert drop.discretised == loaded.accuracy(one_hot)
+    assert drop.discretised == loaded.score(one_hot)
     before = {name: b.clone() for name, b in loaded.state.supernet.named_buffers()}
-    assert drop.batch_statistics == loaded.accuracy(one_hot, batch_statistics=True)
+    assert drop.batch_statistics == loaded.score(one_hot, batch_statistics=True)
     for name, buffer in loaded.state.supernet.named_buffers():
         assert torch.equal(buffer, before[name]), name
 
@@ -127,7 +128,7 @@ def test_alphas_that_have_decided_lose_nothing(tmp_path) -> None:
         alpha.data.copy_(200.0 * torch.eye(3)[[0, 2]])
     drop = discretisation_drop(loaded)
     assert drop.drop == 0.0
-    assert drop.supernet == loaded.accuracy({k: torch.eye(3)[[0, 2]] for k in loaded.state.alphas})
+    assert drop.supernet == loaded.score({k: torch.eye(3)[[0, 2]] for k in loaded.state.alphas})
 
 
 def test_the_landscape_curves_as_the_eigenvalues_say(searched) -> None:
@@ -136,7 +137,7 @@ def test_the_landscape_curves_as_the_eigenvalues_say(searched) -> None:
     alphas = {kind: a.detach().double().requires_grad_() for kind, a in loaded.state.alphas.items()}
     loaded = replace(loaded, state=replace(loaded.state, supernet=supernet, alphas=alphas))
     step = 1e-5  # ReLUs bend the loss: a plain difference over more would see it
-    double = DoubleTask(loaded.task.images, loaded.task.batch_size, loaded.task.epoch_steps)
+    double = DoubleTask(loaded.task.images, loaded.settings)
     shape = landscape(replace(loaded, task=double), points=3, radius=step)
     assert shape.epoch == 2 and shape.steps.tolist() == [-step, 0.0, step]
     second = [
@@ -162,7 +163,7 @@ def write(data: bytes, path: Path) -> Path:
     return path
 
 
-class DoubleTask(analysis.Classification):
+class DoubleTask(Classification):
     """The same images in float64."""
 
     def training_batch(self, *given, **more):
@@ -189,7 +190,7 @@ def test_everything_is_written_and_told(searched, tmp_path, monkeypatch, capsys)
     assert names == pictures | {"analysis.json", "landscape.npz"}
     found = json.loads((tmp_path / "a" / "analysis.json").read_text())
     drop = found["discretisation"]
-    assert drop["drop"] == drop["supernet"] - drop["discretised"]
+    assert drop["drop"] == pytest.approx(drop["supernet"] - drop["discretised"], abs=1e-12)
     assert f"{drop['discretised']:.2%}" in printed
     assert "stop" not in (tmp_path / "a" / "trajectory.svg").read_text()
 

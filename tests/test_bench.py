@@ -307,8 +307,15 @@ def step_of_search(settings, task, state, draws: Draws, number: int = 0) -> None
     rows = task.search_epoch(Draws(settings.seed))[number], task.validation_rows(draws)
     batches = [task.training_batch(rows[i], draws, 0.0, validation=i == 1) for i in (0, 1)]
     losses = Losses(settings, task, state, draws)
-    alpha_step(settings, state, losses.of(batches[0]), losses.of(batches[1]), 0.1, None)
-    weight_step(settings, state, losses.of(batches[0]), None)
+    alpha_step(
+        settings,
+        state,
+        losses.of(batches[0], "weights"),
+        losses.of(batches[1], "alphas"),
+        0.1,
+        None,
+    )
+    weight_step(settings, state, losses.of(batches[0], "weights"), None)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import Tensor
 
+from bench.contenders import run_supernet
 from rdarts_fast import native
 from rdarts_fast.config import SearchConfig
 from rdarts_fast.draws import Draws
@@ -313,13 +314,13 @@ def test_twenty_search_steps_equal_the_reference() -> None:
     for net in two("s4", channels=2, layers=3):
         net.drop_path_prob = 0.2
         state, run = SearchState.start(settings, net), SimpleNamespace(folder="nowhere")
-        task: Any = SimpleNamespace(loss=F.cross_entropy)
+        task: Any = SimpleNamespace(run_supernet=run_supernet)
         for step in range(20):
             losses = Losses(settings, task, state, Draws(0, step=step))
             training, validation = batches[2 * step : 2 * step + 2]
-            rate = settings.learning_rate
-            alpha_step(settings, state, losses.of(training), losses.of(validation), rate, run)
-            weight_step(settings, state, losses.of(training, keep=True), run)
+            pair = losses.of(training, "weights"), losses.of(validation, "alphas")
+            alpha_step(settings, state, *pair, settings.learning_rate, run)
+            weight_step(settings, state, losses.of_weights(training), run)
         found.append({kind: alpha.detach() for kind, alpha in state.alphas.items()})
     for kind, alpha in found[0].items():
         assert (alpha - alpha.mean()).abs().max() > 1e-3  # they have moved

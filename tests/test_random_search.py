@@ -403,7 +403,7 @@ def test_an_error_is_the_share_of_wrong_answers_in_eval_mode(tmp_path) -> None:
     weights = one_hot_weights(SPACES["s4"], genotype.cells)
     batches, wrong = task.validation_batches(), 0
     before = norms_of(state.supernet)
-    error = random_search.validation_error(config, task, state, genotype, 3, batches)
+    error = random_search.validation_cost(config, task, state, genotype, 3, batches)
     after = norms_of(state.supernet)
     assert all(torch.equal(before[k][0], after[k][0]) for k in before)
     for b, rows in enumerate(batches):
@@ -424,7 +424,7 @@ def planted(monkeypatch, first: dict[Genotype, float], second: dict[Genotype, fl
         scored.setdefault(stage, []).append((genotype, sum(len(rows) for rows in batches)))
         return (second if stage % 2 else first)[genotype]
 
-    monkeypatch.setattr(random_search, "validation_error", by_table)
+    monkeypatch.setattr(random_search, "validation_cost", by_table)
     return scored
 
 
@@ -554,7 +554,7 @@ def assert_same_bits(a: Path, b: Path) -> None:
         for state in stored
     ]
     assert all(torch.equal(x, y) for x, y in zip(*momenta, strict=True))
-    assert stored[0]["errors"] == stored[1]["errors"]
+    assert stored[0]["costs"] == stored[1]["costs"]
     runs, drop = [Run.read(run) for run in (a, b)], ("seconds", "training_seconds")
     records = [[{k: v for k, v in r.items() if k not in drop} for r in run.metrics] for run in runs]
     assert records[0] == records[1]
@@ -577,7 +577,7 @@ def test_a_run_leaves_everything_behind(finished) -> None:
     assert Genotype.from_dict(table[0]["genotype"]) == finished.genotype
     assert finished.result["seconds"] > finished.result["training_seconds"] > 0.0
     stored = finished.load_checkpoint()
-    assert (stored["epoch"], len(stored["errors"][0]), len(stored["errors"][1])) == (2, 12, 3)
+    assert (stored["epoch"], len(stored["costs"][0]), len(stored["costs"][1])) == (2, 12, 3)
     assert any(name.startswith("cells.") for name in stored["supernet"])
     assert rdarts_fast.run_random_search is run_random_search
 
@@ -624,7 +624,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(finished, tmp_pa
 
 
 def test_resuming_a_finished_run_computes_nothing(finished, monkeypatch) -> None:
-    for name in ("train_step", "validation_error"):
+    for name in ("train_step", "validation_cost"):
         monkeypatch.setattr(random_search, name, None)
     run = run_random_search(resume=finished.folder)
     assert run.result == finished.result and run.metrics == finished.metrics
@@ -679,8 +679,8 @@ for given, owner, name, count in CASES:
 MOMENTS = [  # whose function, its name, after which call
     ("random_search", "train_step", 2),
     ("run_dir.RunDir", "append_metrics", 2),  # before the checkpoint that knows of it
-    ("random_search", "validation_error", 5),
-    ("random_search", "validation_error", 14),  # the second finalist
+    ("random_search", "validation_cost", 5),
+    ("random_search", "validation_cost", 14),  # the second finalist
     ("run_dir.RunDir", "write_text", 1),  # genotype.json, without result.json
 ]
 
@@ -706,7 +706,7 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bits(tmp_path) -> None:
 
 
 @pytest.mark.usefixtures("no_picture")
-@pytest.mark.parametrize("name", ["train_step", "validation_error"])
+@pytest.mark.parametrize("name", ["train_step", "validation_cost"])
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
     name: str, finished, tmp_path, monkeypatch, capsys
 ) -> None:
@@ -729,7 +729,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
     assert capsys.readouterr().err.splitlines()[-1] == f"interrupted; go on with: {line}"
     assert calls == 4
     run_random_search(resume=tmp_path / "run")
-    assert calls == {"train_step": 6, "validation_error": 15}[name]  # none twice
+    assert calls == {"train_step": 6, "validation_cost": 15}[name]  # none twice
     assert_same_bits(finished.folder, tmp_path / "run")
 
 

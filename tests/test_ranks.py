@@ -225,7 +225,7 @@ def test_both_processes_killed_and_resumed_the_sums_are_of_the_whole_epoch(tmp_p
     assert begun.returncode != 0
     stored = Run.read(tmp_path / "run").load_checkpoint()
     assert (stored["epoch"], stored["step"]) == (1, 2)
-    assert stored["sums"]["images"] == 16  # two batches of 8, of both processes
+    assert stored["sums"]["items"] == 16  # two batches of 8, of both processes
     done = torchrun("-m", "rdarts_fast.retrain", "--resume", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-3000:]
     whole = small(tmp_path, out=tmp_path / "whole")

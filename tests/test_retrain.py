@@ -54,8 +54,8 @@ def test_a_run_is_retrained_on_its_own_data(searched, tmp_path) -> None:
     assert run.result["best_test_error"] == min(r["test_error"] for r in run.metrics)
     assert run.result["test_error"] < 0.35  # three easy classes: guessing is 0.67
     best, last = run.load_checkpoint("best"), run.load_checkpoint("last")
-    assert best["best_error"] == run.result["best_test_error"]
-    assert run.metrics[best["epoch"] - 1]["test_error"] == best["best_error"]
+    assert best["best_cost"] == run.result["best_test_error"]
+    assert run.metrics[best["epoch"] - 1]["test_error"] == best["best_cost"]
     assert last["epoch"] == 25
     drops = [r["drop_path_prob"] for r in run.metrics]
     assert drops == pytest.approx([0.2 * epoch / 25 for epoch in range(25)])

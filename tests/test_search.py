@@ -19,6 +19,7 @@ from rdarts_fast import bilevel, search
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype, discretize
+from rdarts_fast.networks import Supernet
 from rdarts_fast.run_dir import Run
 from rdarts_fast.search import run_search
 from rdarts_fast.spaces import SPACES
@@ -115,14 +116,14 @@ def test_every_kind_of_search_runs(changes: dict[str, Any], tmp_path) -> None:
 
 def test_passes_draw_afresh_unless_shared(tmp_path, monkeypatch) -> None:
     keys: list[tuple[int, int]] = []
-    forward = search.Supernet.forward
+    forward = Supernet.forward
 
     def recorded(self, images, weights, draws=None):
         if self.training:
             keys.append((draws.step, draws.pass_index))
         return forward(self, images, weights, draws)
 
-    monkeypatch.setattr(search.Supernet, "forward", recorded)
+    monkeypatch.setattr(Supernet, "forward", recorded)
     run_search(**settings(tmp_path, epochs=1, epoch_steps=2))
     assert keys == [(step, p) for step in (0, 1) for p in range(5)]
     keys.clear()

@@ -23,6 +23,12 @@ class Operator(Protocol):
     def __matmul__(self, v: Tensor) -> Tensor: ...  # [P] -> [P], or [P, V] -> [P, V]
 
 
+class LossOperator(Operator, Protocol):
+    """The Hessian of a loss whose gradient [P] is known."""
+
+    gradient: Tensor
+
+
 @runtime_checkable
 class DenseOperator(Protocol):
     """An operator that knows a shorter way to its whole matrix than P products."""

@@ -3,6 +3,7 @@ genotype stands for.
 """
 
 from rdarts_fast.networks.discrete import Network, auxiliary_fits
-from rdarts_fast.networks.supernet import BACKENDS, Supernet, softmax_weights
+from rdarts_fast.networks.search_network import SearchNetwork, softmax_weights
+from rdarts_fast.networks.supernet import BACKENDS, Supernet
 
-__all__ = ["BACKENDS", "Network", "Supernet", "auxiliary_fits", "softmax_weights"]
+__all__ = ["BACKENDS", "Network", "SearchNetwork", "Supernet", "auxiliary_fits", "softmax_weights"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rdarts_fast.curvature import HessianOperator
-from rdarts_fast.draws import SITE_ALPHAS, SITE_NETWORK, Draws
+from rdarts_fast.draws import SITE_NETWORK, Draws
 from rdarts_fast.errors import unknown
 from rdarts_fast.networks.composed import composed_cell, joined
 from rdarts_fast.networks.fused import fused_cell, fused_stem
@@ -30,23 +30,15 @@ from rdarts_fast.networks.operations import (
     stem,
 )
 from rdarts_fast.networks.plan import Plan
-from rdarts_fast.spaces import CELL_TYPES, INPUTS, Space, edges_into, load_space
+from rdarts_fast.networks.search_network import SearchNetwork, Weights
+from rdarts_fast.spaces import INPUTS, Space, edges_into, load_space
 
 BACKENDS = ("reference", "fused")
 STEM_MULTIPLIER = 3
 SITES_PER_CELL = 4096  # a cell's draws: drop path at its first site, then one site a candidate
 SITES_PER_EDGE = 16
-ALPHA_SCALE = 1e-3
 
-Weights = Mapping[str, Tensor]  # cell type -> [E, O]
 States = Sequence[Tensor]
-
-
-def softmax_weights(alphas: Weights) -> dict[str, Tensor]:
-    """Return the operations' weights, softmax over the candidates of each edge: cell type -> [E,
-    O].
-    """
-    return {kind: torch.softmax(alpha, dim=-1) for kind, alpha in alphas.items()}
 
 
 def is_reduction(cell: int, layers: int) -> bool:
@@ -187,7 +179,7 @@ class SearchCell(nn.Module):
         return operations
 
 
-class Supernet(nn.Module):
+class Supernet(SearchNetwork):
     """The search network of DARTS over `space` (paper, section 2.1; 8 cells of 16 channels as
     published).
 
@@ -205,14 +197,12 @@ class Supernet(nn.Module):
         backend: str = "fused",
         image_channels: int = 3,
     ) -> None:
-        super().__init__()
+        super().__init__(load_space(space) if isinstance(space, str) else space)
         if backend not in BACKENDS:
             raise unknown("backend", backend, BACKENDS)
         if min(channels, layers, classes, image_channels) < 1:
             raise ValueError("channels, layers, classes and image_channels need to be at least 1")
-        self.space = load_space(space) if isinstance(space, str) else space
         self.backend = backend
-        self.drop_path_prob = 0.0
         self.stem = stem(image_channels, STEM_MULTIPLIER * channels)
         inputs = (STEM_MULTIPLIER * channels, STEM_MULTIPLIER * channels)
         self.cells = nn.ModuleList()
@@ -235,7 +225,7 @@ class Supernet(nn.Module):
         differentiable. draws: the key of noise and drop path; without one, a fresh key from torch's
         generator. Raises ValueError where a shape does not fit.
         """
-        self._check_weights(weights)
+        self.check_weights(weights)
         if draws is None:
             draws = Draws(seed=int(torch.randint(2**62, ())))
         s0 = s1 = [fused_stem(self.stem, images) if self.backend == "fused" else self.stem(images)]
@@ -254,7 +244,7 @@ class Supernet(nn.Module):
         is left away stand still. Its mode is this one's. Raises ValueError where a shape does not
         fit.
         """
-        self._check_weights(weights)
+        self.check_weights(weights)
         part = _sharing(self)
         part.cells = nn.ModuleList()
         for cell in self.cells:
@@ -279,27 +269,7 @@ class Supernet(nn.Module):
         and a supernet with operations that tangent.py does not know, get an operator that
         differentiates twice.
         """
-        self._check_weights(alphas)
+        self.check_weights(alphas)
         if draws is None:
             draws = Draws(seed=int(torch.randint(2**62, ())))
         return hessian_operator(self, alphas, images, labels, draws, memory)
-
-    def _check_weights(self, weights: Weights) -> None:
-        for kind in CELL_TYPES:
-            expected = (self.space.edges(kind), self.space.operations(kind))
-            got = tuple(weights[kind].shape) if kind in weights else None
-            if got != expected:
-                raise ValueError(f"weights[{kind!r}]: expected shape {expected}, got {got}")
-
-    def initial_alphas(self, seed: int) -> dict[str, Tensor]:
-        """Return the alphas at the start, 1e-3 x N(0, 1) drawn from `seed`: cell type -> [E, O],
-        requiring gradients.
-        """
-        draws = Draws(seed)
-        parameter = self.classifier.weight
-        alphas = {}
-        for i, kind in enumerate(CELL_TYPES):
-            shape = (self.space.edges(kind), self.space.operations(kind))
-            normal = draws.at(step=i).normal(SITE_ALPHAS, shape).to(parameter)
-            alphas[kind] = (ALPHA_SCALE * normal).requires_grad_()
-        return alphas

@@ -22,10 +22,10 @@ def command_of(row: Row) -> str | None:
     try:
         if row.found.kind == "search":
             config = stored(SearchConfig, folder, "report on")
-            base = defaults(SearchConfig, config.data, config.preset)
+            base = defaults(type(config), config.data, config.preset)
         elif row.found.kind == "retraining":
             config = stored(RetrainConfig, folder, "report on")
-            base = defaults(RetrainConfig, config.data, config.preset)
+            base = defaults(type(config), config.data, config.preset)
         else:
             return None
     except UserError:

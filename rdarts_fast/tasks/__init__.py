@@ -1,1 +1,21 @@
-"""What a task is: its data, its networks, its loss and its measure."""
+"""Tasks: what a network is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from rdarts_fast.config import RunConfig
+from rdarts_fast.tasks.classification import Classification
+from rdarts_fast.tasks.task import Batch, Carry, Task
+
+TASKS: Mapping[str, type[Classification]] = {"classification": Classification}
+
+
+def load(config: RunConfig, device: torch.device) -> Task:
+    """Load the task that `config` names. Raises UserError (data missing, malformed, small)."""
+    return TASKS[config.task].load(config, device)
+
+
+__all__ = ["TASKS", "Batch", "Carry", "Task", "load"]

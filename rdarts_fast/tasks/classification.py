@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from rdarts_fast import data
+from rdarts_fast import data, training
 from rdarts_fast.config import RetrainConfig, RunConfig, SupernetConfig
+from rdarts_fast.curvature.operators import LossOperator
 from rdarts_fast.draws import SITE_SAMPLE, SITE_STREAM_VALIDATION, Draws
 from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype
-from rdarts_fast.networks import Network, Supernet, auxiliary_fits
+from rdarts_fast.metrics import METRICS, Outcome
+from rdarts_fast.networks import Network, SearchNetwork, Supernet, auxiliary_fits
 from rdarts_fast.spaces import Space
-
-Batch = tuple[Tensor, Tensor]  # images [N, C, H, W], labels [N]
+from rdarts_fast.tasks.task import Batch, Carry, Task, Weights, check_space
 
 
 @dataclass(frozen=True)
-class Classification:
-    """A data set on a device and how its batches are drawn. All batches are functions of the draws
-    alone.
+class Classification(Task):
+    """A data set of images on a device. Rows are images; a batch is images [N, C, H, W] and labels
+    [N].
     """
 
     images: data.ImageSet
-    batch_size: int
-    epoch_steps: int | None
+    settings: RunConfig
+
+    metric = METRICS["classification"]
 
     @classmethod
     def load(cls, config: RunConfig, device: torch.device) -> Classification:
@@ -48,7 +52,12 @@ class Classification:
             raise UserError(
                 f"data {config.data}: at least {needed} training images needed, found {found}"
             )
-        return cls(images.to(device), config.batch_size, config.epoch_steps)
+        return cls(images.to(device), config)
+
+    @property
+    def data_name(self) -> str:
+        """The data set's name."""
+        return self.images.name
 
     def fingerprint(self) -> str:
         """Return a checksum of all images and labels."""
@@ -69,8 +78,32 @@ class Classification:
         size = f"{self.images.channels}x{height}x{width}"
         return f"{self.images.name} ({size}, {self.images.classes} classes)"
 
+    def describe_halves(self, purpose: str = "the alphas") -> str:
+        """Return how many images there are for the weights, and for `purpose`."""
+        halves = [len(half) for half in self.images.halves]
+        return f"{halves[0]} images for the weights, {halves[1]} for {purpose}"
+
+    def describe_training(self, *, holdout: bool) -> str:
+        """Return how many images a network is trained and tested on."""
+        images = self.images
+        if holdout:
+            halves = [len(half) for half in images.halves]
+            return (
+                f"{halves[0]} training images, {halves[1]} held out; the test images are not used"
+            )
+        return f"{len(images.train_labels)} training and {len(images.test_labels)} test images"
+
+    def describe_network(self, settings: RunConfig, network: nn.Module) -> str:
+        """Return cells and channels, and whether there is an auxiliary head."""
+        size = f"{settings.layers} cells of {settings.channels} channels"
+        if not isinstance(network, Network):
+            return size
+        auxiliary = "without" if network.auxiliary is None else "with"
+        return f"{size}, {auxiliary} auxiliary head"
+
     def supernet(self, config: SupernetConfig, space: Space) -> Supernet:
         """Return the supernet at its start, drawn from the config's seed."""
+        check_space(space, "classification")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             return Supernet(
@@ -98,9 +131,55 @@ class Classification:
                 self.images.channels,
             )
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy of a batch."""
-        return F.cross_entropy(logits, labels)
+    def run_supernet(
+        self,
+        supernet: nn.Module,
+        batch: Batch,
+        weights: Weights,
+        draws: Draws,
+        carry: Carry,
+        *,
+        regularised: bool = False,
+    ) -> Outcome:
+        """Return the outcome of a supernet's pass: the mean cross-entropy."""
+        images, labels = batch
+        return outcome(supernet(images, weights, draws), labels)
+
+    def run_network(
+        self, network: Callable[..., Any], batch: Batch, draws: Draws, carry: Carry
+    ) -> Outcome:
+        """Return the outcome of a network's pass; the auxiliary head's loss is added to the
+        objective under its weight.
+        """
+        images, labels = batch
+        outputs = network(images, draws)
+        logits, auxiliary = outputs if isinstance(outputs, tuple) else (outputs, None)
+        found = outcome(logits, labels)
+        if auxiliary is None:
+            return found
+        assert isinstance(self.settings, RetrainConfig)
+        more = self.settings.auxiliary_weight * F.cross_entropy(auxiliary, labels)
+        return replace(found, objective=found.objective + more)
+
+    def hessian_operator(
+        self, supernet: SearchNetwork, alphas: Weights, batch: Batch, draws: Draws
+    ) -> LossOperator:
+        """Return the Hessian of the batch's cross-entropy, on kernels where the supernet is."""
+        assert isinstance(supernet, Supernet)
+        images, labels = batch
+        return supernet.hessian_operator(alphas, images, labels, draws)
+
+    def only(self, supernet: SearchNetwork, weights: Weights) -> nn.Module:
+        """Return the supernet without the candidates that weigh nothing."""
+        return supernet.restricted(weights)
+
+    def uses_all(self, network: nn.Module) -> bool:
+        """Whether the network's loss depends on every parameter."""
+        return isinstance(network, Network) and network.uses_all
+
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        """Return SGD with momentum."""
+        return training.sgd(network.parameters(), self.settings)
 
     def search_epoch(self, draws: Draws) -> list[Tensor]:
         """Return the rows of each weight batch of an epoch (draws.step is the epoch); the last may
@@ -117,12 +196,12 @@ class Classification:
         return self._epoch(torch.arange(len(self.images.train_labels)), draws)
 
     def _epoch(self, rows: Tensor, draws: Draws) -> list[Tensor]:
-        batches = data.epoch_batches(rows.cpu(), self.batch_size, draws)
-        return batches[: self.epoch_steps]
+        batches = data.epoch_batches(rows.cpu(), self.settings.batch_size, draws)
+        return batches[: self.settings.epoch_steps]
 
     def validation_rows(self, draws: Draws) -> Tensor:
         """Return a random full batch of the alphas' half, keyed by draws.step."""
-        return data.validation_batch(self.images.halves[1].cpu(), self.batch_size, draws)
+        return data.validation_batch(self.images.halves[1].cpu(), self.settings.batch_size, draws)
 
     def validation_sample(self, count: int, draws: Draws) -> list[Tensor]:
         """Return the rows of `count` random batches of the alphas' half, keyed by draws.step; all
@@ -141,10 +220,11 @@ class Classification:
         return self._in_order(torch.arange(len(self.images.test_labels)))
 
     def _in_order(self, rows: Tensor) -> list[Tensor]:
-        count = len(rows) if self.epoch_steps is None else self.epoch_steps * self.batch_size
+        steps, size = self.settings.epoch_steps, self.settings.batch_size
+        count = len(rows) if steps is None else steps * size
         if count < len(rows):  # not the first ones: data sets are often sorted by class
             rows = rows[Draws(0).permutation(SITE_SAMPLE, len(rows))[:count].sort().values]
-        return list(rows.split(self.batch_size))
+        return list(rows.split(size))
 
     def training_batch(
         self, rows: Tensor, draws: Draws, cutout_prob: float, *, validation: bool = False
@@ -176,3 +256,10 @@ class Classification:
     def _plain_batch(self, images: Tensor, labels: Tensor, rows: Tensor) -> Batch:
         rows = rows.to(labels.device)
         return data.normalize(images[rows], self.images.augmentation), labels[rows]
+
+
+def outcome(logits: Tensor, labels: Tensor) -> Outcome:
+    """Return the mean cross-entropy of logits [N, classes] and the number of right answers."""
+    loss = F.cross_entropy(logits, labels)
+    right = (logits.detach().argmax(dim=1) == labels).sum()
+    return Outcome(loss, loss.detach(), right, len(labels))
