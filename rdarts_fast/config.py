@@ -226,6 +226,7 @@ class RetrainConfig(RunConfig):
     """Settings of training a found network from scratch (paper, appendix B.1)."""
 
     data_defaults: ClassVar[Mapping[str, Values]] = {"digits": _SMALL_RETRAIN}
+    short_epochs: ClassVar[Mapping[str, int]] = {"digits": 20}  # of R-DARTS, by data set
     presets: ClassVar[Mapping[str, Values | None]] = {
         "default": None,
         "paper": {},  # 8 cells of 16 channels: CIFAR-100, SVHN, and CIFAR-10's L2 sweep on S2-S4

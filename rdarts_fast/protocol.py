@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rdarts_fast import config, config_sources, training
-from rdarts_fast.config import RetrainConfig, SearchConfig
+from rdarts_fast.config import Config, RetrainConfig, SearchConfig
 from rdarts_fast.errors import UserError, unknown
 from rdarts_fast.fleet import FleetConfig, check_fleet
+from rdarts_fast.metrics import metric_of
 from rdarts_fast.oracle import count_architectures
 from rdarts_fast.spaces import load_space
 
@@ -30,22 +31,24 @@ METHODS = {
 }
 SEARCHES = 4
 MOST_ARCHITECTURES = 1000
-_SHORT_EPOCHS = {"quick": 5, "digits": 20}
-_OWN_SEARCH = ("space", "data", "data_root", "image_size", "seed", "out", "resume", "device")
-_OWN_RETRAIN = ("source", "genotypes_at", "holdout", *_OWN_SEARCH[1:])
+_OWN = ("task", "data", "data_root", "image_size", "seed", "out", "resume", "device")
+_OWN_SEARCH = ("space", *_OWN)
+_OWN_RETRAIN = ("source", "genotypes_at", "holdout", *_OWN)
 
 
 @dataclass(frozen=True)
 class RobustConfig(FleetConfig):
     """Settings of the protocol. Those of a search or a training go through --search, --retrain."""
 
-    space: str = "s4"
-    """The search space, as in a search."""
+    task: str = "classification"
+    """classification, language or disparity: what the network is for."""
+    space: str = ""
+    """The search space, as in a search [the task's own: s4, rnn, disparity_small]."""
     method: Literal["l2", "drop-path", "es", "ada", "seeds", "exhaustive"] = "l2"
     """What the searches differ in: L2 factor, drop path, or their seed, as DARTS-ES, DARTS-ADA or
     plain DARTS. exhaustive: no search, every architecture of a small space is trained."""
-    data: str = "digits"
-    """digits, cifar10, cifar100, svhn, fashion_mnist, folder:PATH or npz:FILE (see README)."""
+    data: str = ""
+    """The data, as in a search [the task's own, which needs no download]."""
     data_root: Path = Path("data")
     """Where downloaded data sets lie."""
     image_size: int | None = None
@@ -126,19 +129,23 @@ def short_epochs(settings: RobustConfig) -> int:
     if settings.short_epochs is not None:
         return settings.short_epochs
     if settings.preset == "quick":
-        return _SHORT_EPOCHS["quick"]
-    return _SHORT_EPOCHS.get(settings.data if settings.preset == "default" else "", 100)
+        return 5
+    own = config_sources.kind_for(RetrainConfig, settings.task).short_epochs
+    return own.get(settings.data if settings.preset == "default" else "", 100)
 
 
-def given(settings: RobustConfig, words: Sequence[str], kind: type) -> dict[str, Any]:
+def given(settings: RobustConfig, words: Sequence[str], kind: type[Config]) -> dict[str, Any]:
     """Return the settings of a run: those of the protocol, and the words KEY=VALUE."""
-    own = ("data", "data_root", "image_size", "preset", "device")
-    return {name: getattr(settings, name) for name in own} | words_of(words, kind)
+    own = ("task", "data", "data_root", "preset", "device")
+    more = words_of(words, config_sources.kind_for(kind, settings.task))
+    found = {name: getattr(settings, name) for name in own} | more
+    return found if settings.image_size is None else found | {"image_size": settings.image_size}
 
 
 def words_of(words: Sequence[str], kind: type) -> dict[str, Any]:
     """Return KEY=VALUE words as settings of a run. Raises UserError naming the word."""
-    flag, own = ("--search", _OWN_SEARCH) if kind is SearchConfig else ("--retrain", _OWN_RETRAIN)
+    search = issubclass(kind, SearchConfig)
+    flag, own = ("--search", _OWN_SEARCH) if search else ("--retrain", _OWN_RETRAIN)
     names = [field.name for field in dataclasses.fields(kind) if field.name not in own]
     found: dict[str, Any] = {}
     for word in words:
@@ -171,6 +178,10 @@ def checked(settings: RobustConfig) -> RobustConfig:
     check_fleet(settings)
     if settings.method not in METHODS:
         raise unknown("method", settings.method, METHODS)
+    own = config_sources.kind_for(SearchConfig, settings.task)()
+    settings = dataclasses.replace(
+        settings, space=settings.space or own.space, data=settings.data or own.data
+    )
     for name, least in (("searches", 1), ("seeds", 1), ("short_epochs", 1), ("seed", 0)):
         value = getattr(settings, name)
         if value is not None and value < least:
@@ -216,6 +227,11 @@ def _check_effect(settings: RobustConfig) -> None:
 def _check_size(settings: RobustConfig) -> None:
     space = load_space(settings.space)
     count = count_architectures(space)
+    metric = metric_of(settings.task)
+    if settings.method == "exhaustive" and metric.cost != "error":
+        raise UserError(
+            f"--method exhaustive compares test errors; {settings.task} has {metric.cost}"
+        )
     if settings.method == "exhaustive" and count > MOST_ARCHITECTURES:
         raise UserError(
             f"--method exhaustive: {space.name} has {count:,} architectures, more than "

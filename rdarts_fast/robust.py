@@ -23,6 +23,7 @@ from rdarts_fast import config, training
 from rdarts_fast.config import RetrainConfig, SearchConfig
 from rdarts_fast.errors import UserError, exit_on_user_error, unknown
 from rdarts_fast.fleet import FleetConfig, Job, run_jobs
+from rdarts_fast.metrics import Metric, metric_of
 from rdarts_fast.oracle import Oracle, architectures, count_architectures, plain
 from rdarts_fast.protocol import (
     Planned,
@@ -39,7 +40,7 @@ from rdarts_fast.retrain import run_retraining
 from rdarts_fast.run_dir import LOCK, RESULT, UNFINISHED, Run, held, write_file
 from rdarts_fast.search import run_search
 from rdarts_fast.spaces import load_space
-from rdarts_fast.tables import Table
+from rdarts_fast.tables import CLASSIFICATION, Table
 
 SETTINGS, ORACLE = "robust.json", "oracle.json"
 # What another start may change.
@@ -76,18 +77,17 @@ def robust(settings: RobustConfig) -> Table:
 
 def protocol(settings: RobustConfig, folder: Path) -> Table:
     """Search, train each genotype shortly, choose by validation error, train the chosen in full."""
-    planned = plan(settings)
+    planned, metric = plan(settings), metric_of(settings.task)
     announce(settings, planned, folder)
     failed = _run(settings, "searches", [_search_job(settings, folder, p) for p in planned])
     found = [p for p in planned if p.name not in failed]
     failed |= _run(settings, "short trainings", [_short_job(settings, folder, p) for p in found])
     trained = [p for p in found if p.name not in failed]
-    winners = [best for seed in seeds(settings) if (best := select(folder, trained, seed))]
+    winners = [best for seed in seeds(settings) if (best := select(folder, trained, seed, metric))]
     failed |= _run(settings, "full trainings", [_full_job(settings, folder, p) for p in winners])
 
-    table = Table.of(
-        [_row(folder, p, winners, failed.get(p.name)) for p in planned], title(settings)
-    )
+    rows = [_row(folder, p, winners, failed.get(p.name), metric) for p in planned]
+    table = Table.of(rows, title(settings), metric)
     table.write(folder)
     print(f"\n{table.to_markdown()}\nfolder: {folder} (table.md, table.csv, table.json)")
     if failed:
@@ -96,16 +96,18 @@ def protocol(settings: RobustConfig, folder: Path) -> Table:
     return table
 
 
-def select(folder: Path, trained: Sequence[Planned], seed: int) -> Planned | None:
-    """Return the search of a repetition whose genotype has the least validation error after the
-    short training, the earlier at a tie; None where there is none.
+def select(
+    folder: Path, trained: Sequence[Planned], seed: int, metric: Metric = CLASSIFICATION
+) -> Planned | None:
+    """Return the search of a repetition whose genotype has the least validation cost (error, ...)
+    after the short training, the earlier at a tie; None where there is none.
     """
-    errors = [
-        (_result(folder / "short" / p.name)["valid_error"], i)
+    costs = [
+        (_result(folder / "short" / p.name)[f"valid_{metric.cost}"], i)
         for i, p in enumerate(trained)
         if p.seed == seed
     ]
-    return trained[min(errors)[1]] if errors else None
+    return trained[min(costs)[1]] if costs else None
 
 
 def exhaustive(settings: RobustConfig, folder: Path) -> Table:
@@ -260,8 +262,9 @@ def announce(settings: RobustConfig, planned: Sequence[Planned], folder: Path) -
     """Print what will be done, once."""
     print(
         f"{title(settings)}: {len(planned)} searches; each genotype is trained "
-        f"{short_epochs(settings)} epochs on half of the training images; of the best by the error "
-        f"on the other half a full training, {settings.seeds} in all"
+        f"{short_epochs(settings)} epochs on the weights' part of the training data; of the best "
+        f"by the {metric_of(settings.task).cost} on the alphas' part a full training, "
+        f"{settings.seeds} in all"
     )
     if settings.short_epochs is None:
         print("(how long the paper's short training was is not known: --short-epochs)")
@@ -271,26 +274,31 @@ def announce(settings: RobustConfig, planned: Sequence[Planned], folder: Path) -
 
 
 def _row(
-    folder: Path, planned: Planned, winners: Sequence[Planned], error: str | None
+    folder: Path,
+    planned: Planned,
+    winners: Sequence[Planned],
+    error: str | None,
+    metric: Metric = CLASSIFICATION,
 ) -> dict[str, Any]:
     """Return a search's row of the table: None where a number is missing."""
+    score, valid, test = f"supernet_{metric.name}", f"valid_{metric.cost}", f"test_{metric.cost}"
     row: dict[str, Any] = {
         "name": planned.name,
         "seed": planned.seed,
         "regularisation": planned.regularisation,
-        "supernet_accuracy": None,
+        score: None,
         "lambda_max": None,
-        "valid_error": None,
+        valid: None,
         "selected": planned in winners,
-        "test_error": None,
+        test: None,
         "error": error,
     }
     search = folder / "searches" / planned.name
     if is_done(search):
-        row["supernet_accuracy"] = _result(search)["valid_accuracy"]
+        row[score] = _result(search)[f"valid_{metric.name}"]
         values = [r["lambda_max"] for r in Run.read(search).history if "lambda_max" in r]
         row["lambda_max"] = values[-1] if values else None
-    for part, key in (("short", "valid_error"), ("final", "test_error")):
+    for part, key in (("short", valid), ("final", test)):
         if is_done(folder / part / planned.name) and (part == "short" or row["selected"]):
             row[key] = _result(folder / part / planned.name)[key]
     return row

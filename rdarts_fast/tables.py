@@ -11,38 +11,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rdarts_fast.metrics import METRICS, Metric
 from rdarts_fast.run_dir import write_file
 
-_PERCENT = ("valid_error", "test_error", "supernet_accuracy", "regret")
-_TITLES = {
-    "name": "run",
-    "regularisation": "regularisation",
-    "supernet_accuracy": "supernet's validation accuracy",
-    "lambda_max": "lambda_max",
-    "valid_error": "validation error, short training",
-    "test_error": "test error",
-    "regret": "regret",
-}
+CLASSIFICATION = METRICS["classification"]
+
+
+def titles(metric: Metric) -> dict[str, str]:
+    """Return the columns' titles, by their names in a row."""
+    return {
+        "name": "run",
+        "regularisation": "regularisation",
+        f"supernet_{metric.name}": f"supernet's validation {metric.name}",
+        "lambda_max": "lambda_max",
+        f"valid_{metric.cost}": f"validation {metric.cost}, short training",
+        f"test_{metric.cost}": f"test {metric.cost}",
+        "regret": "regret",
+    }
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of results, and the mean and the sample deviation of the selected runs' test errors,
-    shares in [0, 1]; None where there is none.
+    """Rows of results, and the mean and the sample deviation of the selected runs' test costs
+    (errors as shares in [0, 1]); None where there is none.
     """
 
     title: str
     rows: Sequence[Mapping[str, Any]]
     mean: float | None
     deviation: float | None
+    metric: Metric = CLASSIFICATION
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    def of(
+        cls, rows: Sequence[Mapping[str, Any]], title: str, metric: Metric = CLASSIFICATION
+    ) -> Table:
         """Return the table of a protocol's rows."""
-        errors = [r["test_error"] for r in rows if r["selected"] and r["test_error"] is not None]
-        mean = statistics.mean(errors) if errors else None
-        deviation = statistics.stdev(errors) if len(errors) > 1 else None
-        return cls(title, rows, mean, deviation)
+        key = f"test_{metric.cost}"
+        costs = [row[key] for row in rows if row["selected"] and row[key] is not None]
+        mean = statistics.mean(costs) if costs else None
+        deviation = statistics.stdev(costs) if len(costs) > 1 else None
+        return cls(title, rows, mean, deviation, metric)
 
     def to_json(self) -> str:
         """Return everything."""
@@ -67,19 +76,21 @@ class Table:
 
     def to_markdown(self, most: int | None = None) -> str:
         """Return the rows to read, the selected in bold, the first `most` of them."""
-        names = [name for name in _TITLES if any(row.get(name) is not None for row in self.rows)]
-        lines = [f"{self.title}\n", "| " + " | ".join(_TITLES[name] for name in names) + " |"]
+        columns = titles(self.metric)
+        names = [name for name in columns if any(row.get(name) is not None for row in self.rows)]
+        lines = [f"{self.title}\n", "| " + " | ".join(columns[name] for name in names) + " |"]
         lines.append("|" + "---|" * len(names))
         for row in self.rows[:most]:
-            cells = [_cell(name, row.get(name)) for name in names]
+            cells = [self._cell(name, row.get(name)) for name in names]
             if row.get("selected"):
                 cells = [f"**{cell}**" if cell else "" for cell in cells]
             lines.append("| " + " | ".join(cells) + " |")
         if most is not None and len(self.rows) > most:
             lines.append(f"\n({len(self.rows) - most} more rows in table.md)")
         if self.mean is not None:
-            spread = "" if self.deviation is None else f" ± {self.deviation:.2%}"
-            lines.append(f"\ntest error of the selected: {self.mean:.2%}{spread}")
+            spread = "" if self.deviation is None else f" ± {self.metric.text(self.deviation)}"
+            mean = self.metric.text(self.mean)
+            lines.append(f"\ntest {self.metric.cost} of the selected: {mean}{spread}")
         failed = [f"{row['name']}: {row['error']}" for row in self.rows if row.get("error")]
         lines += [f"\nfailed: {line}" for line in failed]
         return "\n".join(lines)
@@ -90,10 +101,9 @@ class Table:
         write_file(folder / "table.csv", self.to_csv())
         write_file(folder / "table.md", self.to_markdown() + "\n")
 
-
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if name in _PERCENT:
-        return f"{value:.2%}"
-    return f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    def _cell(self, name: str, value: Any) -> str:
+        if value is None:
+            return ""
+        if name == "regret" or name.endswith((f"_{self.metric.cost}", f"_{self.metric.name}")):
+            return self.metric.text(value)
+        return f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|")
