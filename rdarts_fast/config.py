@@ -54,6 +54,7 @@ class RunConfig:
 
     data_defaults: ClassVar[Mapping[str, Values]]  # a data set's own, below presets and flags
     presets: ClassVar[Mapping[str, Values | None]]
+    unused: ClassVar[tuple[str, ...]] = ()  # of the fields, what the task has no use for
     own_data: ClassVar[str] = "digits"  # where nothing is named; needs no download
 
     task: str = "classification"
@@ -291,6 +292,10 @@ LEAST: Mapping[str, int] = {
     "samples": 1,
     "sample_batches": 1,
     "finalists": 1,
+    "hidden": 1,
+    "bptt": 1,
+    "patience": 1,
+    "test_batch_size": 1,
 }
 # What a resumed run may change without changing what it computes.
 FREE_ON_RESUME = ("resume", "device", "threads", "checkpoint_minutes", "tensorboard", "data_root")

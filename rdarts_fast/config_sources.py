@@ -25,11 +25,21 @@ from rdarts_fast.config import (
     defaults,
     flag,
 )
+from rdarts_fast.config_language import (
+    LanguageRandomSearchConfig,
+    LanguageRetrainConfig,
+    LanguageSearchConfig,
+)
 from rdarts_fast.errors import UserError, unknown
 
 # What a task's programs are set by.
 KINDS: Mapping[str, Mapping[type[RunConfig], type[RunConfig]]] = {
     "classification": {kind: kind for kind in (SearchConfig, RandomSearchConfig, RetrainConfig)},
+    "language": {
+        SearchConfig: LanguageSearchConfig,
+        RandomSearchConfig: LanguageRandomSearchConfig,
+        RetrainConfig: LanguageRetrainConfig,
+    },
 }
 
 
@@ -224,6 +234,9 @@ def checked(config: Config) -> Config:
     for name in ("epsilon_scale", "grad_clip"):
         if getattr(config, name, 1.0) == 0.0:
             raise UserError(f"{flag(name)}: expected a number above 0, got 0")
+    for name in config.unused:
+        if hasattr(config, name) and getattr(config, name) != getattr(type(config), name):
+            raise UserError(f"{flag(name)}: --task {config.task} has nothing that it could set")
     if isinstance(config, SearchConfig):
         _check_curvature(config)
     return config

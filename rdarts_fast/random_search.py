@@ -54,7 +54,7 @@ def _random_search(settings: RandomSearchConfig, device: torch.device) -> Run:
     space = load_space(settings.space if resumed is None else resumed / SPACE)
     task = tasks.load(settings, device)
     state = RandomSearchState.start(settings, task.supernet(settings, space).to(device))
-    where = training.environment(device, settings, task.fingerprint())
+    where = training.environment(device, settings, task.fingerprint()) | task.about_data()
     name = f"random-{space.name}-{training.plain(task.data_name)}-seed{settings.seed}"
     files = {SPACE: json.dumps(space.to_dict())}
     with (

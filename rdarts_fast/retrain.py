@@ -128,6 +128,7 @@ def _retrain(settings: RetrainConfig, device: torch.device, ranks: Ranks) -> Run
     if settings.compile:
         state.network.compile()
     where = training.environment(device, settings, task.fingerprint(), ranks.count)
+    where |= task.about_data()
     with (
         open_on_ranks(settings, ranks, where, genotype, state) as run,
         training.Stop().watching() as stop,
@@ -367,12 +368,12 @@ def end_epoch(
         **{f"{on}_{name}": value for name, value in tested.more().items()},
         "seconds": round(time.monotonic() - started, 3),
     }
+    record |= task.after_epoch(state.network, state.optimizer, state.epoch)
     training.check_finite(torch.tensor(tested.loss), f"{on} loss", state.epoch, state.step, run)
     run.append_metrics(record)
     events.write(record)
     state.epoch, state.step, state.seconds, state.sums = state.epoch + 1, 0, 0.0, Sums()
     state.records, state.carry = state.records + 1, {}
-    changed = task.tested(state.optimizer, cost)
     if cost < state.best_cost or state.records == 1:
         state.best_cost = cost
         run.save_checkpoint(state.to_checkpoint(), "best")
@@ -384,8 +385,6 @@ def end_epoch(
         f"{record['seconds']:.1f} s",
         flush=True,
     )
-    if changed:
-        print("the weights are averaged from now on (NT-ASGD)", flush=True)
 
 
 def announce(

@@ -65,7 +65,7 @@ def _search(settings: SearchConfig, device: torch.device) -> Run:
         oracle.check(space, settings.data)
     task = tasks.load(settings, device)
     state = SearchState.start(settings, task.supernet(settings, space).to(device))
-    where = training.environment(device, settings, task.fingerprint())
+    where = training.environment(device, settings, task.fingerprint()) | task.about_data()
     name = f"{space.name}-{training.plain(task.data_name)}-seed{settings.seed}"
     files = {SPACE: json.dumps(space.to_dict())}
     with (

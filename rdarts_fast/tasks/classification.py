@@ -20,7 +20,7 @@ from rdarts_fast.genotype import Genotype
 from rdarts_fast.metrics import METRICS, Outcome
 from rdarts_fast.networks import Network, SearchNetwork, Supernet, auxiliary_fits
 from rdarts_fast.spaces import Space
-from rdarts_fast.tasks.task import Batch, Carry, Task, Weights, check_space
+from rdarts_fast.tasks.task import Batch, Carry, Task, Weights, check_genotype, check_space
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class Classification(Task):
 
         The auxiliary head is left away where its feature map would be below 4x4.
         """
+        check_genotype(genotype, "classification")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             return Network(

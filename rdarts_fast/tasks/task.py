@@ -24,7 +24,7 @@ from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype
 from rdarts_fast.metrics import Metric, Outcome
 from rdarts_fast.networks import SearchNetwork, softmax_weights
-from rdarts_fast.spaces import Space, spaces_of
+from rdarts_fast.spaces import Space, family, spaces_of
 
 Batch = tuple[Tensor, ...]
 Carry = Mapping[str, Tensor]
@@ -38,6 +38,13 @@ def check_space(space: Space, task: str) -> None:
         raise UserError(
             f"--space {space.name}: its cells are for --task {space.task}, not {task} ({fitting})"
         )
+
+
+def check_genotype(genotype: Genotype, task: str) -> None:
+    """Raise UserError where a genotype's cells are another task's."""
+    if family(genotype.cells) != task:
+        found = ", ".join(genotype.cells)
+        raise UserError(f"the genotype has cells {found}: of --task {family(genotype.cells)}")
 
 
 class _Held(nn.Module):
@@ -57,6 +64,11 @@ class Task(ABC):
     """
 
     metric: ClassVar[Metric]
+
+    @classmethod
+    @abstractmethod
+    def load(cls, config: RunConfig, device: torch.device) -> Task:
+        """Load the data that `config` names. Raises UserError (missing, malformed, small)."""
 
     @property
     @abstractmethod
@@ -156,11 +168,13 @@ class Task(ABC):
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Return the optimiser of a retraining."""
 
-    def tested(self, optimizer: torch.optim.Optimizer, cost: float) -> bool:
-        """Tell the optimiser the cost that an epoch ended with, and return whether it goes on in
-        another way from now on.
+    def after_epoch(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, epoch: int
+    ) -> dict[str, Any]:
+        """Do what the optimiser needs after an epoch of a retraining, and return what the epoch's
+        record has of it.
         """
-        return False
+        return {}
 
     @contextmanager
     def averaged(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
@@ -221,6 +235,6 @@ class Task(ABC):
     def holdout_batch(self, rows: Tensor) -> Batch:
         """Return a batch of the alphas' part as it is."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def about_data(self) -> dict[str, Any]:
         """Return what environment.json says of the data beside its checksum."""
         return {}
