@@ -378,10 +378,13 @@ def end_epoch(
         state.best_cost = cost
         run.save_checkpoint(state.to_checkpoint(), "best")
     run.save_checkpoint(state.to_checkpoint())
+    beside = f"valid_{metric.cost}"  # of a task that validates as well as tests
+    shown = on == "test" and beside in record
+    valid = f"validation {metric.cost} {metric.text(record[beside])}  " if shown else ""
     print(
         f"epoch {record['epoch']:>3}/{settings.epochs - 1}  train loss {record['train_loss']:.3f} "
         f"{metric.said(record[f'train_{metric.name}'])}  "
-        f"{on} {metric.cost} {metric.text(cost)} (best {metric.text(state.best_cost)})  "
+        f"{valid}{on} {metric.cost} {metric.text(cost)} (best {metric.text(state.best_cost)})  "
         f"{record['seconds']:.1f} s",
         flush=True,
     )
@@ -404,7 +407,8 @@ def announce(
     )
     if settings.preset == "default" and config.has_own_defaults(type(settings), settings.data):
         smaller = f"these are the smaller defaults of {task.data_name}"
-        print(f"{smaller}; --preset paper, 20x16 and 20x36 are the published ones")
+        published = [p for p in type(settings).presets if p not in ("default", "quick")]
+        print(f"{smaller}; published ones: --preset {', '.join(published)}")
     ways = [where["precision"], f"{where['threads']} threads"]
     ways += ["channels_last"] if settings.channels_last else []
     ways += ["compiled"] if settings.compile else []
@@ -423,6 +427,9 @@ def finish(settings: RetrainConfig, task: Task, state: RetrainState, run: RunDir
         "parameters": training.count_parameters(state.network),
         "seconds": sum(record["seconds"] for record in metrics),
     }
+    if on == "test" and f"valid_{metric.cost}" in metrics[-1]:  # what choosing by it would report
+        best_valid = min(metrics, key=lambda record: record[f"valid_{metric.cost}"])
+        result[f"test_{metric.cost}_at_best_valid"] = best_valid[f"test_{metric.cost}"]
     run.write_json(RESULT, result)
     best = f"(best epoch: {metric.text(state.best_cost)})"
     name = "validation" if settings.holdout else "test"
