@@ -8,7 +8,7 @@ section 2.2).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -49,7 +49,7 @@ def is_reduction(cell: int, layers: int) -> bool:
 M = TypeVar("M", bound=nn.Module)
 
 
-def _sharing(module: M) -> M:
+def sharing(module: M) -> M:
     """Return a copy of `module` with the same children, of which others can take the place."""
     part = copy.copy(module)
     part._modules = dict(module._modules)
@@ -57,11 +57,21 @@ def _sharing(module: M) -> M:
 
 
 class MixedOp(nn.Module):
-    """An edge of the supernet: all candidates on one input, summed under the edge's weights."""
+    """An edge of the supernet: all candidates on one input, summed under the edge's weights.
 
-    def __init__(self, names: tuple[str, ...], channels: int, stride: int, site: int) -> None:
+    make: (name, channels, stride) -> the candidate's module.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        channels: int,
+        stride: int,
+        site: int,
+        make: Callable[[str, int, int], nn.Module] = candidate,
+    ) -> None:
         super().__init__()
-        self.operations = nn.ModuleList(candidate(name, channels, stride) for name in names)
+        self.operations = nn.ModuleList(make(name, channels, stride) for name in names)
         for o, operation in enumerate(self.operations):
             if isinstance(operation, Noise):
                 operation.site = site + o
@@ -74,7 +84,7 @@ class MixedOp(nn.Module):
 
     def restricted(self, weights: Sequence[float], stride: int) -> MixedOp:
         """Return this edge with `none` for every candidate of weight 0; weights: [O]."""
-        part = _sharing(self)
+        part = sharing(self)
         pairs = zip(weights, self.operations, strict=True)
         part.operations = nn.ModuleList(op if weight else Zero(stride) for weight, op in pairs)
         return part
@@ -161,7 +171,7 @@ class SearchCell(nn.Module):
 
     def restricted(self, weights: Tensor) -> SearchCell:
         """Return this cell with `none` for every candidate of weight 0; weights: [E, O]."""
-        part = _sharing(self)
+        part = sharing(self)
         part._plan = None
         part.edges = nn.ModuleList()
         for edge, row, stride in zip(self.edges, weights.tolist(), self.strides, strict=True):
@@ -245,7 +255,7 @@ class Supernet(SearchNetwork):
         fit.
         """
         self.check_weights(weights)
-        part = _sharing(self)
+        part = sharing(self)
         part.cells = nn.ModuleList()
         for cell in self.cells:
             assert isinstance(cell, SearchCell)
