@@ -25,6 +25,11 @@ from rdarts_fast.config import (
     defaults,
     flag,
 )
+from rdarts_fast.config_disparity import (
+    DisparityRandomSearchConfig,
+    DisparityRetrainConfig,
+    DisparitySearchConfig,
+)
 from rdarts_fast.config_language import (
     LanguageRandomSearchConfig,
     LanguageRetrainConfig,
@@ -39,6 +44,11 @@ KINDS: Mapping[str, Mapping[type[RunConfig], type[RunConfig]]] = {
         SearchConfig: LanguageSearchConfig,
         RandomSearchConfig: LanguageRandomSearchConfig,
         RetrainConfig: LanguageRetrainConfig,
+    },
+    "disparity": {
+        SearchConfig: DisparitySearchConfig,
+        RandomSearchConfig: DisparityRandomSearchConfig,
+        RetrainConfig: DisparityRetrainConfig,
     },
 }
 

@@ -31,7 +31,7 @@ FLOORS = [
         "events",
         "ray_session",
     ],
-    ["genotype", "regularisation", "config_language"],
+    ["genotype", "regularisation", "config_language", "config_disparity"],
     ["networks", "run_dir", "oracle", "sampling", "config_sources"],
     ["training", "tracking", "fleet", "tables", "ranks"],
     ["tasks"],

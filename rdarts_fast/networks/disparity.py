@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdarts_fast.draws import SITE_ALPHAS, SITE_NETWORK, Draws
+from rdarts_fast.draws import SITE_NETWORK, Draws
 from rdarts_fast.errors import UserError, unknown
 from rdarts_fast.genotype import Genotype
 from rdarts_fast.kernels.correlation import correlation_twin, displacements
@@ -34,13 +34,8 @@ from rdarts_fast.networks.disparity_cells import (
     cell_factors,
 )
 from rdarts_fast.networks.disparity_operations import convolution, he
-from rdarts_fast.networks.supernet import (
-    ALPHA_SCALE,
-    BACKENDS,
-    SITES_PER_CELL,
-    Weights,
-    sharing,
-)
+from rdarts_fast.networks.search_network import SearchNetwork, Weights
+from rdarts_fast.networks.supernet import BACKENDS, SITES_PER_CELL, sharing
 from rdarts_fast.spaces import CELLS, FAMILIES, Space, load_space
 
 CELL_TYPES = FAMILIES["disparity"]
@@ -109,8 +104,10 @@ class DisparityNet(nn.Module):
     backend: "fused" correlates the views on a kernel, "reference" by unfolded rows.
     """
 
-    def __init__(self, settings: DisparitySettings, nodes: int, backend: str) -> None:
-        super().__init__()
+    drop_path_prob: float
+
+    def build(self, settings: DisparitySettings, nodes: int, backend: str) -> None:
+        """Make the modules."""
         if backend not in BACKENDS:
             raise unknown("backend", backend, BACKENDS)
         self.settings, self.nodes, self.backend = settings, nodes, backend
@@ -206,7 +203,7 @@ def _head(channels: int, disparity: float) -> nn.Module:
     return head
 
 
-class DisparitySupernet(DisparityNet):
+class DisparitySupernet(DisparityNet, SearchNetwork):
     """The search network over `space`, a Space of three cell types or the name of one.
 
     Call it on views [N, 2, C, H, W] and the operations' weights. `drop_path_prob` is the
@@ -217,11 +214,11 @@ class DisparitySupernet(DisparityNet):
     def __init__(
         self, space: Space | str, settings: DisparitySettings | None = None, backend: str = "fused"
     ) -> None:
-        self.space = load_space(space) if isinstance(space, str) else space
+        super().__init__(load_space(space) if isinstance(space, str) else space)
         if self.space.task != "disparity":
             found = ", ".join(self.space.cells)
             raise UserError(f"space {self.space.name}: cells for disparity needed, has {found}")
-        super().__init__(settings or DisparitySettings(), self.space.nodes, backend)
+        self.build(settings or DisparitySettings(), self.space.nodes, backend)
 
     def make_cell(
         self, kind: str, inputs: Sequence[int], channels: int, first: str, site: int
@@ -236,7 +233,7 @@ class DisparitySupernet(DisparityNet):
         draws: the key of drop path and noise; without one, a fresh key from torch's generator.
         Raises ValueError where a shape does not fit.
         """
-        self._check_weights(weights)
+        self.check_weights(weights)
         drawn = Draws(seed=int(torch.randint(2**62, ()))) if draws is None else draws
 
         def run(cell: nn.Module, inputs: Sequence[Tensor], times: int) -> Tensor:
@@ -253,7 +250,7 @@ class DisparitySupernet(DisparityNet):
 
         Raises ValueError where a shape does not fit.
         """
-        self._check_weights(weights)
+        self.check_weights(weights)
         part = sharing(self)
         for name in ("encoder", "decoder"):
             cells = [cell.restricted(weights[cell.kind]) for cell in _search_cells(self, name)]
@@ -261,26 +258,6 @@ class DisparitySupernet(DisparityNet):
         assert isinstance(self.features, DisparitySearchCell)
         part.features = self.features.restricted(weights[self.features.kind])
         return part
-
-    def initial_alphas(self, seed: int) -> dict[str, Tensor]:
-        """Return the alphas at the start, 1e-3 x N(0, 1) drawn from `seed`: cell type -> [E, O],
-        requiring gradients.
-        """
-        draws = Draws(seed)
-        alphas = {}
-        for i, kind in enumerate(CELL_TYPES):
-            shape = (self.space.edges(kind), self.space.operations(kind))
-            like = next(self.parameters())
-            normal = draws.at(step=i).normal(SITE_ALPHAS, shape).to(like)
-            alphas[kind] = (ALPHA_SCALE * normal).requires_grad_()
-        return alphas
-
-    def _check_weights(self, weights: Weights) -> None:
-        for kind in CELL_TYPES:
-            expected = (self.space.edges(kind), self.space.operations(kind))
-            got = tuple(weights[kind].shape) if kind in weights else None
-            if got != expected:
-                raise ValueError(f"weights[{kind!r}]: expected shape {expected}, got {got}")
 
 
 def _search_cells(net: nn.Module, name: str) -> list[DisparitySearchCell]:
@@ -302,8 +279,9 @@ class DisparityNetwork(DisparityNet):
         if set(genotype.cells) != set(CELL_TYPES):
             found = ", ".join(genotype.cells)
             raise UserError(f"genotype: cells for disparity needed, has {found}")
+        super().__init__()
         self.genotype = genotype
-        super().__init__(settings or DisparitySettings(), genotype.nodes, backend)
+        self.build(settings or DisparitySettings(), genotype.nodes, backend)
 
     def make_cell(
         self, kind: str, inputs: Sequence[int], channels: int, first: str, site: int

@@ -8,10 +8,15 @@ import torch
 
 from rdarts_fast.config import RunConfig
 from rdarts_fast.tasks.classification import Classification
+from rdarts_fast.tasks.disparity import Disparity
 from rdarts_fast.tasks.language import Language
 from rdarts_fast.tasks.task import Batch, Carry, Task
 
-TASKS: Mapping[str, type[Task]] = {"classification": Classification, "language": Language}
+TASKS: Mapping[str, type[Task]] = {
+    "classification": Classification,
+    "language": Language,
+    "disparity": Disparity,
+}
 
 
 def load(config: RunConfig, device: torch.device) -> Task:
