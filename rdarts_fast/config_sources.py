@@ -287,6 +287,7 @@ def _check_number(name: str, value: float) -> None:
         "alpha_beta1",
         "alpha_beta2",
     )
+    below_one = below_one or name.startswith("dropout")
     most = 1.0 if below_one or name == "cutout_prob" else sys.float_info.max
     if not 0.0 <= value <= most or (below_one and value == 1.0):
         limit = " and below 1" if below_one else " and at most 1" if most == 1.0 else ""

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -205,7 +206,8 @@ def motorcycle(shrink: int = 1) -> StereoSet:
         raise UserError(
             "data motorcycle comes with scikit-image: pip install 'rdarts-fast[disparity]'"
         ) from error
-    *views, disparity = stereo_motorcycle()
+    load: Any = stereo_motorcycle  # untyped
+    *views, disparity = load()
     left, right = (torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1))) for x in views)
     whole = StereoSample(left, right, torch.from_numpy(disparity.astype(np.float32)))
     middle = disparity.shape[1] // 2

@@ -1,0 +1,275 @@
+"""Every program on every task: what holds for images holds for text and for stereo pairs."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rdarts_fast import analysis, bilevel, config_sources, search, tasks
+from rdarts_fast.config import RandomSearchConfig, RetrainConfig, SearchConfig
+from rdarts_fast.curvature import hessian
+from rdarts_fast.draws import Draws
+from rdarts_fast.errors import UserError
+from rdarts_fast.genotype import discretize
+from rdarts_fast.metrics import METRICS, Metric, Outcome, Sums
+from rdarts_fast.networks import softmax_weights
+from rdarts_fast.random_search import run_random_search
+from rdarts_fast.retrain import run_retraining
+from rdarts_fast.robust import run_robust
+from rdarts_fast.search import run_search
+from rdarts_fast.spaces import FAMILIES, load_space
+from tests import small_worlds
+from tests.test_rollback import RULE, plant
+from tests.test_search import assert_same_bits
+
+REPOSITORY = Path(__file__).parents[1]
+WORLDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "language": small_worlds.language,
+    "disparity": small_worlds.disparity,
+}
+OF_A_SEARCH = ("space", "alpha_learning_rate")
+world = pytest.mark.parametrize("name", WORLDS)
+
+
+def of_a_training(given: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return the settings of a search that a retraining has too, with changes."""
+    return {k: v for k, v in given.items() if k not in OF_A_SEARCH} | changes
+
+
+@world
+def test_search_analysis_and_retraining(name: str, tmp_path, capsys) -> None:
+    metric = METRICS[name]
+    run = run_search(**WORLDS[name](tmp_path, curvature="full", curvature_every=1))
+    assert run.config["task"] == name
+    assert run.genotype is not None and set(run.genotype.cells) == set(FAMILIES[name])
+    for record in run.metrics:
+        alphas = {kind: torch.tensor(a) for kind, a in record["alphas"].items()}
+        assert discretize(load_space(run.config["space"]), alphas).to_dict() == record["genotype"]
+        assert record[f"valid_{metric.name}"] > 0.0 and record["train_loss"] > 0.0
+        assert len(record["eigenvalues"]) == sum(alpha.numel() for alpha in alphas.values())
+    assert run.result[f"valid_{metric.name}"] == run.metrics[-1][f"valid_{metric.name}"]
+    assert (run.folder / "cells.svg").stat().st_size > 1000
+
+    found = analysis.analyse(run.folder, points=3)
+    assert found["discretisation"]["supernet"] == run.result[f"valid_{metric.name}"]
+    assert f"discretising: {metric.name} " in analysis.describe(found)
+
+    (trained,) = run_retraining(source=str(run.folder), out=tmp_path / "r", epochs=2, threads=1,
+                                **sizes_of(run.config))  # fmt: skip
+    assert trained.config["data"] == run.config["data"]  # the run's own
+    costs = [record[f"test_{metric.cost}"] for record in trained.metrics]
+    assert trained.result[f"test_{metric.cost}"] == costs[-1]
+    assert trained.result[f"best_test_{metric.cost}"] == min(costs)
+    assert f"test {metric.cost} after the last epoch: {metric.text(costs[-1])}" in (
+        capsys.readouterr().out
+    )
+
+
+def sizes_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the sizes of a run's network and batches."""
+    names = ("hidden", "bptt", "channels", "decoders", "max_displacement", "crop_height")
+    names += ("crop_width", "batch_size")
+    unused = search.config_sources.kind_for(SearchConfig, config["task"]).unused
+    return {k: config[k] for k in names if k in config and k not in unused}
+
+
+@world
+def test_planted_eigenvalues_stop_and_roll_back(name: str, tmp_path, monkeypatch) -> None:
+    plant(monkeypatch.setattr)
+    given = {"epochs": 7, "curvature": "lambda", "epoch_steps": 2, **RULE}
+    stopped = run_search(**WORLDS[name](tmp_path, out=tmp_path / "s", early_stop="stop", **given))
+    assert stopped.result["early_stop"]["epoch"] == 3
+    assert len(stopped.metrics) == 6
+    rolled = run_search(**WORLDS[name](tmp_path, out=tmp_path / "a", adaptive="l2", **given))
+    assert rolled.result["rollbacks"] == 1
+    decays = [record["weight_decay"] for record in rolled.history]
+    assert decays[-1] == pytest.approx(10 * decays[0])
+    assert [record["epoch"] for record in rolled.history] == list(range(7))
+
+
+KILLED = """
+import os, signal
+from pathlib import Path, PosixPath
+from rdarts_fast import search
+
+step, left = search.alpha_step, [5]
+
+def stepping(*given):
+    left[0] -= 1
+    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)
+    return step(*given)
+
+search.alpha_step = stepping
+search.run_search(**GIVEN)
+"""
+
+
+@world
+def test_killed_and_resumed_gives_the_same_bits(name: str, tmp_path) -> None:
+    whole = run_search(**WORLDS[name](tmp_path, out=tmp_path / "whole", epochs=2, epoch_steps=4))
+    given = WORLDS[name](
+        tmp_path, out=tmp_path / "killed", epochs=2, epoch_steps=4, checkpoint_minutes=0.0
+    )
+    if name == "disparity":  # two batches an epoch
+        assert len(tasks.load(config_of(given), torch.device("cpu")).search_epoch(Draws(3))) == 1
+    script = KILLED.replace("GIVEN", repr(given))
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert_same_bits(whole.folder, run_search(resume=tmp_path / "killed").folder)
+
+
+def config_of(given: dict[str, Any]) -> SearchConfig:
+    return config_sources.from_settings(SearchConfig, given)
+
+
+@world
+def test_random_search(name: str, tmp_path) -> None:
+    metric = METRICS[name]
+    given = WORLDS[name](tmp_path, epochs=1, samples=4, sample_batches=1, finalists=2)
+    del given["alpha_learning_rate"]
+    run = run_random_search(**given)
+    costs = [finalist[f"valid_{metric.cost}"] for finalist in run.result["finalists"]]
+    assert costs == sorted(costs) and run.result[f"valid_{metric.cost}"] == costs[0]
+    assert run.genotype is not None and set(run.genotype.cells) == set(FAMILIES[name])
+
+
+@world
+def test_robust_chooses_by_the_tasks_own_cost(name: str, tmp_path) -> None:
+    metric = METRICS[name]
+    given = WORLDS[name](tmp_path)
+    sizes = [f"{k}={v}" for k, v in sizes_of(given).items()] + ["threads=1"]
+    table = run_robust(
+        task=name,
+        space=given.get("space", ""),
+        data=given["data"],
+        out=tmp_path / "robust",
+        grid=(1e-4, 1e-3),
+        short_epochs=1,
+        device="cpu",
+        search=("epochs=1", "epoch_steps=2", *sizes),
+        retrain=("epochs=1", "epoch_steps=2", *sizes),
+    )
+    shorts = {row["name"]: row[f"valid_{metric.cost}"] for row in table.rows}
+    (best,) = (row for row in table.rows if row["selected"])
+    assert shorts[best["name"]] == min(shorts.values())
+    assert table.mean == best[f"test_{metric.cost}"]
+    assert f"test {metric.cost} of the selected: {metric.text(table.mean)}" in table.to_markdown()
+
+
+@world
+def test_the_hessian_is_that_of_the_loss(name: str, tmp_path) -> None:
+    """Its rows against differences of the gradient; in float64, where there are no kinks near."""
+    settings = config_of(WORLDS[name](tmp_path))
+    task = tasks.load(settings, torch.device("cpu"))
+    supernet = task.supernet(settings, load_space(settings.space)).double()
+    alphas = supernet.initial_alphas(0)
+    key = Draws(0)
+    batch = task.training_batch(task.validation_rows(key), key, 0.0, validation=True)
+    batch = tuple(part.double() if part.is_floating_point() else part for part in batch)
+    buffers = [buffer.clone() for buffer in supernet.buffers()]
+    matrix = hessian(task.hessian_operator(supernet, alphas, batch, key))
+    assert all(map(torch.equal, buffers, supernet.buffers()))
+
+    leaves = list(alphas.values())
+
+    def gradient() -> torch.Tensor:
+        with bilevel.unchanged(list(supernet.buffers())):
+            weights = softmax_weights(alphas)
+            loss = task.run_supernet(supernet, batch, weights, key, {}).objective
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves)])
+
+    direction = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0)).double()
+    sides = []
+    for sign in (1.0, -1.0):
+        parts = direction.split([leaf.numel() for leaf in leaves])
+        with torch.no_grad():
+            for leaf, part in zip(leaves, parts, strict=True):
+                leaf += sign * 1e-6 * part.view_as(leaf)
+        sides.append(gradient())
+        with torch.no_grad():
+            for leaf, part in zip(leaves, parts, strict=True):
+                leaf -= sign * 1e-6 * part.view_as(leaf)
+    difference = (sides[0] - sides[1]) / 2e-6
+    assert torch.allclose(matrix @ direction, difference, rtol=1e-4, atol=1e-7)
+    assert difference.abs().max() > 1e-5
+
+
+# Settings
+
+
+def test_a_task_has_its_own_settings_and_defaults(tmp_path) -> None:
+    language = config_of({"task": "language"})
+    assert (language.data, language.space, language.order) == ("pydoc", "rnn", "first")
+    published = config_of({"task": "language", "preset": "ptb"})
+    assert (published.batch_size, published.learning_rate, published.epochs) == (256, 20.0, 50)
+    disparity = config_of({"task": "disparity", "preset": "paper"})
+    assert (disparity.space, disparity.learning_rate) == ("disparity_small", 0.025)
+    assert config_of({"task": "classification"}) == config_of({})
+    with pytest.raises(UserError, match='unknown task "lang"'):
+        config_of({"task": "lang"})
+    with pytest.raises(UserError, match="unknown setting"):
+        config_of({"hidden": 3})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "language", "channels": 4}, "--channels: --task language has nothing"),
+        ({"task": "disparity", "layers": 4}, "--layers: --task disparity has nothing"),
+        ({"task": "language", "adaptive": "drop-path", "curvature": "lambda"}, "--adaptive"),
+        ({"task": "language", "hidden": 0}, "--hidden: expected a whole number of at least 1"),
+        ({"task": "language", "dropout": 1.0}, "--dropout: expected a number of at least 0 and"),
+    ],
+)
+def test_settings_without_effect_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_of(changes)
+
+
+@world
+def test_a_space_and_a_genotype_of_another_task_are_refused(name: str, tmp_path) -> None:
+    with pytest.raises(UserError, match="its cells are for --task classification"):
+        run_search(**WORLDS[name](tmp_path, space="s4"))
+    other = next(key for key in WORLDS if key != name)
+    run = run_search(**WORLDS[name](tmp_path / "a", epochs=1, epoch_steps=1))
+    given = of_a_training(WORLDS[other](tmp_path / "b"), epochs=1)
+    with pytest.raises(UserError, match=f"of --task {name}"):
+        run_retraining(source=str(run.folder / "genotype.json"), **given)
+
+
+def test_the_kinds_of_settings_match(tmp_path) -> None:
+    for kind in (SearchConfig, RandomSearchConfig, RetrainConfig):
+        for task in tasks.TASKS:
+            found = config_sources.kind_for(kind, task)
+            assert issubclass(found, kind) and found().task == task
+    assert set(tasks.TASKS) == set(FAMILIES) == set(METRICS)
+
+
+# Metrics
+
+
+def test_a_metric_says_what_is_better() -> None:
+    accuracy, perplexity = METRICS["classification"], METRICS["language"]
+    assert accuracy.cost_of(0.9) == pytest.approx(0.1) and accuracy.text(0.123) == "12.30%"
+    assert perplexity.score(2.0) == pytest.approx(7.389, abs=1e-3)
+    assert perplexity.score(1e4) == float("inf")
+    assert METRICS["disparity"].text(1.5) == "1.50 px"
+    assert Metric("epe", "epe").cost_of(3.0) == 3.0
+
+
+def test_sums_weigh_batches_by_their_items() -> None:
+    sums = Sums()
+    for loss, score, items in ((1.0, 2.0, 2), (4.0, 1.0, 1)):
+        value = torch.tensor(loss)
+        more = {"bad1": torch.tensor(float(items))}
+        sums.add(Outcome(value, value, torch.tensor(score), items, more))
+    assert sums.loss == 2.0
+    assert sums.score(METRICS["classification"]) == 1.0
+    assert sums.more() == {"bad1": 1.0}
