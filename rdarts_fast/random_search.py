@@ -26,7 +26,7 @@ from rdarts_fast.metrics import Sums
 from rdarts_fast.networks import SearchNetwork
 from rdarts_fast.run_dir import GENOTYPE, RESULT, SPACE, Run, RunDir
 from rdarts_fast.sampling import Architectures, without_none
-from rdarts_fast.spaces import load_space
+from rdarts_fast.spaces import CELLS, load_space
 from rdarts_fast.tasks import Batch, Carry, Task
 
 STEPS_PER_ROUND = 10_000  # of training, for each round of the selection
@@ -421,9 +421,8 @@ def finish(
     edges = {
         kind: [(*edge, None) for edge in best.genotype.edges(kind)] for kind in best.genotype.cells
     }
-    plots.save_cells(
-        run.folder / "cells.svg", edges, best.genotype.nodes, f"{space.name}, random search"
-    )
+    inputs, title = {kind: CELLS[kind].inputs for kind in edges}, f"{space.name}, random search"
+    plots.save_cells(run.folder / "cells.svg", edges, best.genotype.nodes, title, inputs)
     run.write_json(RESULT, result)
     print("\ngenotype:")
     print(best.genotype.describe())

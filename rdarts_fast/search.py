@@ -37,7 +37,7 @@ from rdarts_fast.oracle import Oracle
 from rdarts_fast.rollback import early_stop, goes_on, mark_abandoned, save_for_rollback
 from rdarts_fast.run_dir import GENOTYPE, RESULT, SPACE, Run, RunDir
 from rdarts_fast.search_state import SearchState
-from rdarts_fast.spaces import load_space
+from rdarts_fast.spaces import CELLS, load_space
 from rdarts_fast.tasks import Batch, Task
 
 
@@ -363,7 +363,8 @@ def finish(settings: SearchConfig, task: Task, state: SearchState, run: RunDir) 
     alphas = {kind: torch.tensor(values) for kind, values in found["alphas"].items()}
     edges = kept_edges(space, genotype, alphas)
     title = f"{space.name}, {found['epoch'] + 1} epochs"
-    plots.save_cells(run.folder / "cells.svg", edges, genotype.nodes, title)
+    inputs = {kind: CELLS[kind].inputs for kind in edges}
+    plots.save_cells(run.folder / "cells.svg", edges, genotype.nodes, title, inputs)
     which = f" of epoch {found['epoch']}, where lambda_max began to grow" if found is early else ""
     metric = task.metric
     score = found[f"valid_{metric.name}"]

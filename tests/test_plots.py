@@ -32,7 +32,7 @@ from rdarts_fast.plots import (
     save_trajectory,
 )
 from rdarts_fast.plots import cells as drawing
-from rdarts_fast.spaces import OPERATIONS
+from rdarts_fast.spaces import CELLS, OPERATIONS, RECURRENT_OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIP, SEP, DIL3 = "skip_connect", "sep_conv_3x3", "dil_conv_3x3"
@@ -42,6 +42,17 @@ DIL5, MAX, NOISE = "dil_conv_5x5", "max_pool_3x3", "noise"
 def cell(*pairs: tuple[str, int], weight: float | None = None) -> list[Edge]:
     """Edges from the published flat form: two (operation, input) a node."""
     return [(source, 2 + i // 2, op, weight) for i, (op, source) in enumerate(pairs)]
+
+
+def upsampling(*pairs: tuple[str, int], weight: float | None = None) -> list[Edge]:
+    """Edges of an upsampling cell: four of node 0, two of each that follows."""
+    targets = [4] * 4 + [5 + i // 2 for i in range(len(pairs) - 4)]
+    return [(source, t, op, weight) for t, (op, source) in zip(targets, pairs, strict=True)]
+
+
+def recurrent(*pairs: tuple[str, int], weight: float | None = None) -> list[Edge]:
+    """Edges of a recurrent cell: one of each node."""
+    return [(source, 1 + i, op, weight) for i, (op, source) in enumerate(pairs)]
 
 
 # The first five are the final genotypes of published runs; skip only is the failure of s2 and s3.
@@ -103,18 +114,62 @@ GENOTYPES: dict[str, dict[str, list[Edge]]] = {
             *(("none", 2), ("my_operation", 3), (NOISE, 2), ("another_one", 3)),
         ),
     },
+    "disparity with weights": {
+        "normal": cell(*((SEP, 0), (MAX, 1), (SKIP, 1), (SEP, 2), (SEP, 0), (SEP, 3)), weight=0.4),
+        "reduce": cell(*((SEP, 0), (SEP, 1), (MAX, 0), (MAX, 1), (SEP, 2), (MAX, 3)), weight=0.35),
+        "upsample": upsampling(
+            *((MAX, 0), (SEP, 1), (SKIP, 2), (SEP, 3)),
+            *((MAX, 0), (SEP, 1), (MAX, 1), (SKIP, 4)),
+            weight=0.36,
+        ),
+    },
+    "disparity of one input beside node 0": {
+        "normal": cell(*((SEP, 0), (SEP, 1)) * 3),
+        "reduce": cell(*((SKIP, 0), (MAX, 1)) * 3),
+        "upsample": upsampling(
+            *((SEP, 0), (SEP, 1), (SEP, 2), (SEP, 3)),
+            *((MAX, 3), (MAX, 2), (MAX, 3), (SKIP, 2)),
+        ),
+    },
+    # DARTS's published cell (V2), and one of every operation.
+    "darts_v2": {
+        "recurrent": recurrent(
+            *(("sigmoid", 0), ("relu", 1), ("relu", 1), ("identity", 1)),
+            *(("tanh", 2), ("sigmoid", 5), ("tanh", 3), ("relu", 5)),
+            weight=0.61,
+        )
+    },
+    "recurrent, all from the input": {
+        "recurrent": recurrent(
+            *(("tanh", 0), ("relu", 0), ("sigmoid", 0), ("identity", 0)),
+            *(("none", 0), ("tanh", 0), ("relu", 0), ("identity", 0)),
+        )
+    },
 }
+INPUTS = {kind: CELLS[kind].inputs for kind in CELLS}
+
+
+def inputs_of(kind: str) -> int:
+    return len(INPUTS.get(kind, INPUTS["normal"]))
 
 
 def nodes_of(cells: dict[str, list[Edge]]) -> int:
-    return max(edge[1] for edges in cells.values() for edge in edges) - 1
+    return max(edge[1] - inputs_of(kind) + 1 for kind, edges in cells.items() for edge in edges)
+
+
+def laid_out(name: str, kind: str) -> drawing.Layout:
+    """The layout of a cell among the others of its genotype."""
+    cells = GENOTYPES[name]
+    styles = drawing.styles_of(e[2] for edges in cells.values() for e in edges)
+    width = max(drawing.input_width(INPUTS[other]) for other in cells)
+    return drawing.lay_out(cells[kind], nodes_of(cells), inputs_of(kind), styles, width)
 
 
 def figure_of(patch: pytest.MonkeyPatch, cells: dict[str, list[Edge]], title: str = "") -> Figure:
     """The drawn figure that `save_cells` would write."""
     figures: list[Figure] = []
     patch.setattr("rdarts_fast.plots.cells.save", lambda figure, path: figures.append(figure))
-    save_cells(Path("cells.svg"), cells, nodes_of(cells), title)
+    save_cells(Path("cells.svg"), cells, nodes_of(cells), title, INPUTS)
     FigureCanvasAgg(figures[0]).draw()
     return figures[0]
 
@@ -220,12 +275,13 @@ def test_no_two_texts_overlap(monkeypatch: pytest.MonkeyPatch, name: str) -> Non
         assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
 
 
-@pytest.mark.parametrize("name", ["s1 with weights", "all operations"])
+@pytest.mark.parametrize(
+    "name", ["s1 with weights", "all operations", "disparity with weights", "darts_v2"]
+)
 def test_texts_fit_their_boxes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     figure = figure_of(monkeypatch, GENOTYPES[name])
-    for ax, edges in zip(figure.axes, GENOTYPES[name].values(), strict=True):
-        styles = drawing.styles_of(e[2] for cell in GENOTYPES[name].values() for e in cell)
-        layout = drawing.lay_out(edges, 4, 2, styles)
+    for ax, kind in zip(figure.axes, GENOTYPES[name], strict=True):
+        layout = laid_out(name, kind)
         texts = {text.get_position(): text.get_window_extent() for text in ax.texts}
         for place in [*layout.labels, *layout.nodes, *layout.inputs, layout.output]:
             text = texts[place.x, place.y]
@@ -241,9 +297,10 @@ def clearance(box: drawing._Box, points: np.ndarray) -> float:
     return float(gaps.max(axis=1).min())
 
 
-def check_layout(edges: list[Edge], nodes: int, inputs: int) -> None:
+def check_layout(edges: list[Edge], nodes: int, names: tuple[str, ...] = INPUTS["normal"]) -> None:
     """Routes keep off the nodes they do not serve, labels off routes, nodes and each other."""
-    layout = drawing.lay_out(edges, nodes, inputs, drawing.styles_of(edge[2] for edge in edges))
+    styles = drawing.styles_of(edge[2] for edge in edges)
+    layout = drawing.lay_out(edges, nodes, len(names), styles, drawing.input_width(names))
     states = layout.inputs + layout.nodes
     points = [route.points() for route in layout.routes]
     left, right, bottom, top = layout.limits
@@ -258,9 +315,12 @@ def check_layout(edges: list[Edge], nodes: int, inputs: int) -> None:
             assert other is course or clearance(label, other) > 0.03
         assert left < course[:, 0].min() and course[:, 0].max() < right
         assert bottom < course[:, 1].min() and course[:, 1].max() < top
-    for one, other in itertools.combinations(layout.labels, 2):
+    for one, other in itertools.combinations([*layout.labels, *layout.inputs, *layout.nodes], 2):
         gap = abs(one.x - other.x) - (one.width + other.width) / 2
-        assert gap > 0 or abs(one.y - other.y) > one.height
+        assert gap > 0 or abs(one.y - other.y) > (one.height + other.height) / 2
+    for place in [*layout.labels, *layout.inputs]:
+        assert bottom < place.y - place.height / 2 and place.y + place.height / 2 < top
+        assert left < place.x - place.width / 2
 
 
 def test_every_cell_of_four_nodes_is_laid_out_clearly() -> None:
@@ -269,27 +329,53 @@ def test_every_cell_of_four_nodes_is_laid_out_clearly() -> None:
     assert len(topologies) == 180
     for i, topology in enumerate(topologies):
         edges = [(s, 2 + node, MAX, 0.88) for node, pair in enumerate(topology) for s in pair]
-        check_layout([(*edge[:3], None) for edge in edges] if i % 2 else edges, 4, 2)
+        check_layout([(*edge[:3], None) for edge in edges] if i % 2 else edges, 4)
+
+
+def test_every_upsampling_cell_of_three_nodes_is_laid_out_clearly() -> None:
+    pairs = [list(itertools.combinations(range(4 + node), 2)) for node in (1, 2)]
+    topologies = list(itertools.product(*pairs))
+    assert len(topologies) == 150
+    for i, topology in enumerate(topologies):
+        weight = None if i % 2 else 0.88
+        kept = [(MAX, s) for sources in ((0, 1, 2, 3), *topology) for s in sources]
+        edges = upsampling(*kept, weight=weight)
+        check_layout(edges, 3, INPUTS["upsample"])
+
+
+def test_inputs_stand_from_the_top_in_their_order_and_apart() -> None:
+    layout = laid_out("disparity of one input beside node 0", "upsample")
+    heights = [place.y for place in layout.inputs]
+    assert heights == sorted(heights, reverse=True) and heights[1] > 0 > heights[2]
+    for one, other in itertools.pairwise(heights):
+        assert one - other > layout.inputs[0].height
+    for (source, _, _, _), route in zip(
+        GENOTYPES["disparity of one input beside node 0"]["upsample"], layout.routes, strict=True
+    ):
+        assert (route.y > 0) == (source < 2)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=8))
 def test_cells_with_one_input_a_node_are_laid_out_clearly(numbers: list[int]) -> None:
     edges: list[Edge] = [(n % (i + 1), i + 1, MAX, None) for i, n in enumerate(numbers)]
-    check_layout(edges, len(edges), 1)
+    check_layout(edges, len(edges), INPUTS["recurrent"])
 
 
 def test_a_whole_supernet_cell_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     edges: list[Edge] = [(s, t, SEP, 0.5) for t in range(2, 6) for s in range(t)]
     figure_of(monkeypatch, {"normal": edges})
-    check_layout(edges, 4, 2)
+    check_layout(edges, 4)
     double: list[Edge] = [
         (0, 2, SEP, None),
         (0, 2, SKIP, None),
         (2, 3, SEP, None),
         (2, 3, SKIP, None),
     ]
-    check_layout(double, 2, 2)
+    check_layout(double, 2)
+    edges = [(s, t, MAX, 0.88) for t in range(4, 7) for s in range(t)]
+    figure_of(monkeypatch, {"upsample": edges})
+    check_layout(edges, 3, INPUTS["upsample"])
 
 
 def crossings(layout: drawing.Layout) -> int:
@@ -316,14 +402,12 @@ def crossings(layout: drawing.Layout) -> int:
         ("s1 of many skips", "reduce", 1),
         ("s1 with weights", "normal", 0),
         ("s1 with weights", "reduce", 0),
+        ("disparity with weights", "upsample", 3),  # as few as inputs in their order allow
+        ("darts_v2", "recurrent", 1),  # three edges that cross pairwise on one side
     ],
 )
 def test_edges_cross_only_where_they_must(name: str, kind: str, expected: int) -> None:
-    edges = GENOTYPES[name][kind]
-    layout = drawing.lay_out(
-        edges, nodes_of(GENOTYPES[name]), 2, drawing.styles_of(e[2] for e in edges)
-    )
-    assert crossings(layout) == expected
+    assert crossings(laid_out(name, kind)) == expected
 
 
 def test_edges_of_the_two_inputs_keep_to_their_sides() -> None:
@@ -342,7 +426,7 @@ def test_edges_of_the_two_inputs_keep_to_their_sides() -> None:
 
 
 def test_every_operation_has_a_look_of_its_own() -> None:
-    assert set(drawing._STYLES) == set(OPERATIONS)
+    assert set(drawing._STYLES) == {*OPERATIONS, *RECURRENT_OPERATIONS}
     looks = [(s.color, s.dashes, s.hollow) for s in drawing._STYLES.values()]
     assert len(set(looks)) == len(looks)
     assert len({style.short for style in drawing._STYLES.values()}) == len(looks)
@@ -379,6 +463,34 @@ def test_counts_are_said_where_there_is_room(monkeypatch: pytest.MonkeyPatch) ->
     assert not any("concat" in text for text in texts)  # one node: nothing to concatenate
 
 
+def test_every_cell_type_has_its_title_its_inputs_and_its_output(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert set(drawing._KINDS) == set(CELLS)
+    expected = {
+        "normal": ("normal cell", "concat", "$c_{k}$", "$c_{k-2}$", "$c_{k-1}$"),
+        "reduce": ("reduction cell", "concat", "$c_{k}$", "$c_{k-2}$", "$c_{k-1}$"),
+        "upsample": (
+            *("upsampling cell", "concat", "$c_{k}$", "$c_{k-2}$", "$c_{k-1}$"),
+            *("prediction", "encoder"),
+        ),
+        "recurrent": ("recurrent cell", "mean", "output", "$s_0$"),
+    }
+    for name in ("disparity with weights", "darts_v2"):
+        cells = GENOTYPES[name]
+        for ax, kind in zip(figure_of(monkeypatch, cells).axes, cells, strict=True):
+            texts = [text.get_text() for text in ax.texts]
+            assert set(expected[kind]) <= set(texts), kind
+            labels = {drawing._label(e, drawing.styles_of([e[2]])) for e in cells[kind]}
+            assert labels <= set(texts)
+
+
+def test_nodes_of_cells_under_each_other_are_in_line() -> None:
+    layouts = [laid_out("disparity with weights", kind) for kind in ("normal", "upsample")]
+    one, other = ([(p.x - layout.limits[0]) for p in layout.nodes] for layout in layouts)
+    assert one == pytest.approx(other)
+
+
 def test_draw_cell_stands_alone() -> None:
     figure = Figure(figsize=(9, 4))
     FigureCanvasAgg(figure)
@@ -398,7 +510,8 @@ def test_draw_cell_stands_alone() -> None:
         ([(0, 1, SEP, None)], 2, 2),
         ([(0, 4, SEP, None)], 2, 2),
         ([(-1, 2, SEP, None)], 2, 2),
-        ([(0, 3, SEP, None)], 2, 3),
+        ([(0, 1, SEP, None)], 2, 0),
+        ([(0, 3, SEP, None)], 2, 4),
         ([], 1, 2),
     ],
 )

@@ -27,7 +27,8 @@ from rdarts_fast.plots import (
     save_weights,
     sparkline,
 )
-from tests.test_plots import SEP, SKIP, texts_of
+from rdarts_fast.plots import cells as drawing
+from tests.test_plots import GENOTYPES, INPUTS, SEP, SKIP, nodes_of, texts_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 EDGES = [("cₖ₋₂ → 0", (SKIP, SEP)), ("a <b> → 1", (SKIP, SEP))]
@@ -121,6 +122,28 @@ def test_a_strip_has_every_edge_of_every_cell(tmp_path) -> None:
         assert 0 < min(x) < max(x) < 1080
     with pytest.raises(ValueError, match="at least one column"):
         save_strip(tmp_path / "s.svg", {}, 1)
+
+
+@pytest.mark.parametrize("name", ["disparity with weights", "darts_v2"])
+def test_a_strip_has_all_inputs_of_every_cell_type(tmp_path, name: str) -> None:
+    cells = GENOTYPES[name]
+    save_strip(tmp_path / "s.svg", {"first": cells, "last": cells}, nodes_of(cells), INPUTS)
+    drawn = list(ET.parse(tmp_path / "s.svg").iter())
+    dots = [e for e in drawn if e.tag == f"{SVG}circle" and e.attrib["r"] == "3.5"]
+    assert len(dots) == 2 * sum(len(INPUTS[kind]) for kind in cells)
+    boxes = [e.attrib for e in drawn if e.tag == f"{SVG}rect" and "rx" in e.attrib]
+    assert len(boxes) == 2 * len(cells)
+    for dot in dots:  # each on the ground of a cell, and whole
+        x, y = float(dot.attrib["cx"]), float(dot.attrib["cy"])
+        assert any(
+            float(b["x"]) + 3.5 < x < float(b["x"]) + float(b["width"])
+            and float(b["y"]) + 3.5 < y < float(b["y"]) + float(b["height"]) - 3.5
+            for b in boxes
+        )
+    names = [e for e in drawn if e.tag == f"{SVG}text" and e.attrib["x"] == "0.0"]
+    assert [e.text for e in names] == [drawing.kind_of(kind).short for kind in cells]
+    for text in names:
+        assert 72 * drawing.text_width(text.text, 10.0) < min(float(b["x"]) for b in boxes)
 
 
 # Curves

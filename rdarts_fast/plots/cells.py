@@ -1,9 +1,10 @@
 """Pictures of cells as graphs.
 
-A cell's nodes stand on one line. Edges from c_{k-2} run above it and edges from c_{k-1} below it,
-each in a lane of its own, the longer the farther out; an edge between neighbours is straight. So
-edges meet only where one climbs through another's lane, and a label lies on its lane where none
-does. Lengths are in inches, one unit of an axis.
+A cell's nodes stand on one line. Edges from the first half of the inputs run above it and those
+from the others below it (one input stands on the line), each in a lane of its own, the longer the
+farther out; an edge between neighbours is straight. So edges meet only where one climbs through
+another's lane, and a label lies on its lane where none does. Lengths are in inches, one unit of an
+axis.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 Edge = tuple[int, int, str, float | None]  # from, to, operation, weight
 Point = tuple[float, float]
+Inputs = Mapping[str, Sequence[str]]  # cell type -> the names of its inputs
 
 _SOLID, _DASHED, _DOTTED, _MIXED = (), (3.2, 1.4), (1.2, 1.4), (4.0, 1.3, 1.2, 1.3)
 
@@ -53,7 +55,33 @@ _STYLES: Mapping[str, Style] = {
     "avg_pool_3x3": Style("avg pool", "average pooling 3x3", "#F0E442", _DOTTED),
     "noise": Style("noise", "Gaussian noise", "#000000", _MIXED),
     "none": Style("none", "zero", "#999999", _DOTTED),
+    "tanh": Style("tanh", "hyperbolic tangent", "#0072B2", _MIXED),
+    "relu": Style("relu", "rectified linear", "#D55E00", _DASHED),
+    "sigmoid": Style("sigmoid", "logistic sigmoid", "#009E73", _DOTTED),
+    "identity": Style("identity", "identity", "#CC79A7", hollow=True),
 }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a cell of a type is called, and how its output is made of its nodes."""
+
+    title: str
+    joined: str = "concat"
+
+    @property
+    def short(self) -> str:
+        """The title without the word that all have."""
+        return self.title.removesuffix(" cell")
+
+
+_KINDS: Mapping[str, Kind] = {
+    "normal": Kind("normal cell"),
+    "reduce": Kind("reduction cell"),
+    "upsample": Kind("upsampling cell"),
+    "recurrent": Kind("recurrent cell", joined="mean"),
+}
+_TWO = ("c_{k-2}", "c_{k-1}")  # the inputs of a cell of which nothing is said
 _PANEL, _END_FILL = "#F4F5F7", "#DFE2E7"
 _PALE = 0.75  # luminance above which a line on white needs an outline
 
@@ -61,6 +89,7 @@ _NODE, _END = (0.46, 0.36), (0.64, 0.36)  # width, height of a node, of an input
 _FIRST_LANE, _LANE = 0.56, 0.32
 _FIRST_GAP, _GAP, _WEIGHT_GAP = 1.80, 1.45, 0.40  # from an input; between nodes; more with weights
 _FAN, _MARGIN, _OUTPUT = 0.42, 0.48, 0.86  # an input's edges spread; panel border; panel to output
+_APART = 0.48  # middles of inputs one above the other, at the least
 _CORNER, _SLOT, _ARROW = 0.24, 0.15, 0.11
 _LABEL_HEIGHT, _LABEL_PAD, _CLEAR, _FONT = 0.21, 0.06, 0.12, 10.0
 _TITLE = 0.34
@@ -104,10 +133,22 @@ class Layout:
     def limits(self) -> tuple[float, float, float, float]:
         """Left, right, bottom and top of the picture."""
         margin = 0.04
-        left = self.inputs[0].x - _END[0] / 2 - margin
+        left = self.inputs[0].x - self.inputs[0].width / 2 - margin
         right = self.output.x + _END[0] / 2 + margin
+        bottom, top = self.height
+        return left, right, bottom - margin, max(top, self._over[1] + _TITLE - margin) + margin
+
+    @property
+    def height(self) -> Point:
+        """Bottom and top of panel and inputs."""
+        low, high = self._over
+        places = [place.y for place in self.inputs]
+        return min(low, min(places) - _END[1] / 2), max(high, max(places) + _END[1] / 2)
+
+    @property
+    def _over(self) -> Point:
         half = self.panel.height / 2
-        return left, right, self.panel.y - half - margin, self.panel.y + half + _TITLE
+        return self.panel.y - half, self.panel.y + half
 
 
 def draw_cell(
@@ -115,16 +156,17 @@ def draw_cell(
     edges: Sequence[Edge],
     nodes: int,
     title: str,
-    inputs: Sequence[str] = ("c_{k-2}", "c_{k-1}"),
+    inputs: Sequence[str] = _TWO,
 ) -> None:
     """Draw one cell on `ax`, which loses its frame; `save_cells` makes axes of the right size.
 
     edges: (from, to, operation, weight or None); states 0 .. len(inputs)-1 are the inputs, the
-    intermediate nodes follow. inputs: one or two names, as math text. Raises ValueError at an edge
-    that does not lead from an earlier state to an intermediate node.
+    intermediate nodes follow. inputs: their names, words or math text such as c_{k-1}. Raises
+    ValueError at an edge that does not lead from an earlier state to an intermediate node.
     """
     styles = styles_of(edge[2] for edge in edges)
-    _draw(ax, edges, lay_out(edges, nodes, len(inputs), styles), title, inputs, styles)
+    layout = lay_out(edges, nodes, len(inputs), styles, input_width(inputs))
+    _draw(ax, edges, layout, Kind(title), inputs, styles)
 
 
 def save_cells(
@@ -132,41 +174,74 @@ def save_cells(
     cells: Mapping[str, Sequence[Edge]],
     nodes: int,
     title: str = "",
-    inputs: Sequence[str] = ("c_{k-2}", "c_{k-1}"),
+    inputs: Inputs | None = None,
 ) -> None:
     """Write a picture of a genotype, one panel a cell type, as .svg or .png.
 
-    cells: cell type -> edges as in `draw_cell`. Raises UserError at another suffix, or where the
-    file cannot be written.
+    cells: cell type -> edges as in `draw_cell`. inputs: cell type -> the names of its inputs; those
+    of a normal cell where it is not there. Raises UserError at another suffix, or where the file
+    cannot be written.
     """
     check_suffix(path)
     styles = styles_of(edge[2] for edges in cells.values() for edge in edges)
-    layouts = [lay_out(edges, nodes, len(inputs), styles) for edges in cells.values()]
+    names = {kind: inputs_of(inputs, kind) for kind in cells}
+    width = max(map(input_width, names.values()))  # the same for all, to have their nodes in line
+    layouts = [
+        lay_out(edges, nodes, len(names[kind]), styles, width) for kind, edges in cells.items()
+    ]
     sizes = [(box[1] - box[0], box[3] - box[2]) for box in (layout.limits for layout in layouts)]
     figure, axes = _panels(sizes, title, styles)
-    for ax, kind, edges, layout in zip(axes, cells, cells.values(), layouts, strict=True):
-        name = f"{'reduction' if kind == 'reduce' else kind} cell"
-        _draw(ax, edges, layout, name, inputs, styles)
+    for ax, (kind, edges), layout in zip(axes, cells.items(), layouts, strict=True):
+        _draw(ax, edges, layout, kind_of(kind), names[kind], styles)
     save(figure, path)
+
+
+def kind_of(cell_type: str) -> Kind:
+    """Return what to call cells of a type; one that is not known by its name."""
+    return _KINDS.get(cell_type, Kind(f"{cell_type} cell"))
+
+
+def inputs_of(inputs: Inputs | None, cell_type: str) -> Sequence[str]:
+    """Return the names of a cell type's inputs; those of a normal cell where none are given."""
+    return (inputs or {}).get(cell_type, _TWO)
+
+
+def input_width(inputs: Sequence[str]) -> float:
+    """Return how wide the boxes of inputs of these names are."""
+    words = [text_width(name) + 2 * _LABEL_PAD for name in inputs if not _is_math(name)]
+    return max([_END[0], *words])
+
+
+def _is_math(name: str) -> bool:
+    return "_" in name or len(name) == 1
 
 
 # Layout
 
 
-def lay_out(edges: Sequence[Edge], nodes: int, inputs: int, styles: Mapping[str, Style]) -> Layout:
-    """Return where everything of a cell goes; see draw_cell."""
+def lay_out(
+    edges: Sequence[Edge],
+    nodes: int,
+    inputs: int,
+    styles: Mapping[str, Style],
+    width: float = _END[0],
+) -> Layout:
+    """Return where everything of a cell goes; see draw_cell. inputs: how many. width: of the
+    inputs' boxes.
+    """
     _check_edges(edges, nodes, inputs)
     columns = [0] * inputs + list(range(1, nodes + 1))  # of each state
     spans = [(columns[source], columns[target]) for source, target, _, _ in edges]
     lanes = _assign_lanes(edges, spans, inputs)
     extra = _WEIGHT_GAP if any(edge[3] is not None for edge in edges) else 0.0
     xs = [_FIRST_GAP + extra + i * (_GAP + extra) for i in range(nodes)]
-    boxes = [_Box(0.0, _input_height(edges, lanes, i, inputs), *_END) for i in range(inputs)]
+    at = (_END[0] - width) / 2
+    boxes = [_Box(at, y, width, _END[1]) for y in _input_heights(edges, lanes, inputs)]
     boxes += [_Box(x, 0.0, *_NODE) for x in xs]
     slots = _assign_slots(edges, lanes, inputs)
-    widths = [_text_width(_label(edge, styles)) + 2 * _LABEL_PAD for edge in edges]
+    widths = [text_width(_label(edge, styles)) + 2 * _LABEL_PAD for edge in edges]
     routes = [
-        _route(boxes[edge[0]], boxes[edge[1]], lane, *slot, fan=inputs == 2 and edge[0] < inputs)
+        _route(boxes[edge[0]], boxes[edge[1]], lane, *slot, fan=inputs > 1 and edge[0] < inputs)
         for edge, lane, slot in zip(edges, lanes, slots, strict=True)
     ]
     left, right = _END[0] / 2 + 0.75 * _FAN, xs[-1] + _MARGIN
@@ -182,9 +257,9 @@ def lay_out(edges: Sequence[Edge], nodes: int, inputs: int, styles: Mapping[str,
 
 
 def _check_edges(edges: Sequence[Edge], nodes: int, inputs: int) -> None:
-    if inputs not in (1, 2) or nodes < 1 or not edges:
+    if inputs < 1 or nodes < 1 or not edges:
         counts = f"{inputs} inputs, {nodes} nodes, {len(edges)} edges"
-        raise ValueError(f"expected one or two inputs, a node and an edge, got {counts}")
+        raise ValueError(f"expected an input, a node and an edge, got {counts}")
     for edge in edges:
         if not (0 <= edge[0] < edge[1] and inputs <= edge[1] < inputs + nodes):
             last = inputs + nodes - 1
@@ -206,23 +281,39 @@ def _assign_lanes(
     """
     sides, free = [0] * len(edges), []
     for i, (source, _, _, _) in enumerate(edges):
-        if inputs == 2 and source < inputs:
-            sides[i] = 1 if source == 0 else -1
+        if inputs > 1 and source < inputs:
+            sides[i] = 1 if source < _above(inputs) else -1
         elif spans[i][1] - spans[i][0] > 1 or spans[i] in spans[:i]:
             free.append(i)
+    ranks = [_rank(source, inputs) for source, _, _, _ in edges]
     stacks = []
     for choice in itertools.product((1, -1), repeat=min(len(free), 8)):
         for i, side in zip(free, itertools.chain(choice, itertools.cycle((1, -1))), strict=False):
             sides[i] = side
-        stacks.append(_stack(sides, spans))
+        stacks.append(_stack(sides, spans, ranks))
     return min(stacks, key=lambda stack: (stack[1], max(stack[0]) - min(stack[0])))[0]
 
 
-def _stack(sides: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
-    """Return the lanes for given sides, shorter edges inside, and how often edges cross."""
+def _above(inputs: int) -> int:
+    """Return how many of a cell's inputs stand above the line, from the top."""
+    return (inputs + 1) // 2 if inputs > 1 else 0
+
+
+def _rank(state: int, inputs: int) -> int:
+    """Return how many inputs stand between this state and the line; none where it is a node."""
+    above = _above(inputs)
+    return 0 if state >= inputs else above - 1 - state if state < above else state - above
+
+
+def _stack(
+    sides: Sequence[int], spans: Sequence[tuple[int, int]], ranks: Sequence[int]
+) -> tuple[list[int], int]:
+    """Return the lanes for given sides, edges from inner inputs and shorter ones inside, and how
+    often edges cross.
+    """
     lanes, crossings = [0] * len(sides), 0
     placed: list[int] = []
-    for i in sorted(range(len(sides)), key=lambda i: (spans[i][1] - spans[i][0], i)):
+    for i in sorted(range(len(sides)), key=lambda i: (ranks[i], spans[i][1] - spans[i][0], i)):
         start, end = spans[i]
         beside = [
             j for j in placed if sides[j] == sides[i] and spans[j][0] < end and start < spans[j][1]
@@ -233,11 +324,18 @@ def _stack(sides: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[list
     return lanes, crossings
 
 
-def _input_height(edges: Sequence[Edge], lanes: Sequence[int], state: int, inputs: int) -> float:
+def _input_heights(edges: Sequence[Edge], lanes: Sequence[int], inputs: int) -> list[float]:
+    """Return each input's height: in the middle of its edges, but clear of the inputs inside."""
     if inputs == 1:
-        return 0.0
-    ys = [_lane_y(lane) for edge, lane in zip(edges, lanes, strict=True) if edge[0] == state]
-    return float(np.mean(ys or [_lane_y(1 - 2 * state)]))
+        return [0.0]
+    heights = [0.0] * inputs
+    least = {1: _lane_y(1), -1: _lane_y(1)}
+    for state in sorted(range(inputs), key=lambda state: _rank(state, inputs)):
+        side = 1 if state < _above(inputs) else -1
+        ys = [_lane_y(lane) for edge, lane in zip(edges, lanes, strict=True) if edge[0] == state]
+        height = max(side * float(np.mean(ys or [0.0])), least[side])
+        heights[state], least[side] = side * height, height + _APART
+    return heights
 
 
 def _assign_slots(
@@ -255,7 +353,7 @@ def _assign_slots(
             if lanes[i] * side > 0 and target == state:
                 ends.append((0, abs(lanes[i]), i, 1))
             if lanes[i] * side > 0 and source == state:
-                upwards = inputs == 2 and state < inputs
+                upwards = inputs > 1 and state < inputs
                 ends.append((1, lanes[i] if upwards else -abs(lanes[i]), i, 0))
         ends.sort()
         step = min(_SLOT, 0.32 / max(1, len(ends) - 1))
@@ -321,7 +419,8 @@ def _label(edge: Edge, styles: Mapping[str, Style]) -> str:
     return short if edge[3] is None else f"{short}  {edge[3]:.2f}"
 
 
-def _text_width(text: str, size: float = _FONT, weight: str = "normal") -> float:
+def text_width(text: str, size: float = _FONT, weight: str = "normal") -> float:
+    """Return how wide a text is; size: of its font in points."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
@@ -349,7 +448,7 @@ def _draw(
     ax: Axes,
     edges: Sequence[Edge],
     layout: Layout,
-    title: str,
+    kind: Kind,
     inputs: Sequence[str],
     styles: Mapping[str, Style],
 ) -> None:
@@ -363,12 +462,15 @@ def _draw(
         _write(ax, place, _label(edge, styles), color=ink, parse_math=False)
     for place, name in zip(layout.inputs, inputs, strict=True):
         _draw_box(ax, place, _END_FILL, INK, 4)
-        _write(ax, place, f"${name}$", fontsize=_FONT + 2)
+        if _is_math(name):
+            _write(ax, place, f"${name}$", fontsize=_FONT + 2)
+        else:
+            _write(ax, place, name, parse_math=False)
     for i, place in enumerate(layout.nodes):
         _draw_box(ax, place, "white", INK, 4)
         _write(ax, place, str(i))
-    _draw_output(ax, layout, "$c_{k}$" if inputs[-1] == "c_{k-1}" else "output")
-    _draw_title(ax, layout, title, Counter(styles[edge[2]].short for edge in edges))
+    _draw_output(ax, layout, "$c_{k}$" if "c_{k-1}" in inputs else "output", kind.joined)
+    _draw_title(ax, layout, kind.title, Counter(styles[edge[2]].short for edge in edges))
     left, right, bottom, top = layout.limits
     ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
     ax.axis("off")
@@ -434,13 +536,13 @@ def _luminance(color: str) -> float:
     return 0.3 * red + 0.59 * green + 0.11 * blue
 
 
-def _draw_output(ax: Axes, layout: Layout, name: str) -> None:
+def _draw_output(ax: Axes, layout: Layout, name: str, joined: str) -> None:
     start, end = layout.panel.x + layout.panel.width / 2, layout.output.x - layout.output.width / 2
     arrow = {"arrowstyle": "-|>,head_width=0.28,head_length=0.55", "color": INK, "lw": 2.2}
     arrow |= {"shrinkA": 0, "shrinkB": 0}
     ax.annotate("", (end, 0.0), (start, 0.0), arrowprops=arrow, zorder=3)
     if len(layout.nodes) > 1:
-        ax.text((start + end) / 2, 0.12, "concat", fontsize=8, color=FAINT, ha="center")
+        ax.text((start + end) / 2, 0.12, joined, fontsize=8, color=FAINT, ha="center")
     _draw_box(ax, layout.output, _END_FILL, INK, 4)
     _write(ax, layout.output, name, fontsize=_FONT + (2 if name.startswith("$") else 0))
 
@@ -451,7 +553,7 @@ def _draw_title(ax: Axes, layout: Layout, title: str, counts: Counter[str]) -> N
     left, right = panel.x - panel.width / 2, panel.x + panel.width / 2
     ax.text(left, y, title, fontsize=12, weight="bold", color=INK, parse_math=False)
     text = ", ".join(f"{count} {short}" for short, count in counts.most_common())
-    if _text_width(title, 12, "bold") + _text_width(text, 9) + 0.2 < right - left:
+    if text_width(title, 12, "bold") + text_width(text, 9) + 0.2 < right - left:
         ax.text(right, y, text, fontsize=9, color=FAINT, ha="right", parse_math=False)
 
 

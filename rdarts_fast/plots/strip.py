@@ -6,20 +6,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rdarts_fast.plots import svg
-from rdarts_fast.plots.cells import Edge, Layout, Style, lay_out, styles_of
+from rdarts_fast.plots.cells import (
+    Edge,
+    Inputs,
+    Layout,
+    Style,
+    inputs_of,
+    kind_of,
+    lay_out,
+    styles_of,
+    text_width,
+)
 from rdarts_fast.plots.look import FAINT, INK
 
 _WIDTH, _ROW_NAME, _GAP, _TOP = 1080.0, 58.0, 10.0, 24.0  # pixels
+_WIDE, _NODE_WIDE = 240.0, 42.0  # a cell at the most, and one of many nodes for each of them
 _UP = 26.0  # pixels an inch of the layout upwards; across it takes what there is
-_KIND = {"reduce": "reduction"}
 
 
-def save_strip(path: Path, columns: Mapping[str, Mapping[str, Sequence[Edge]]], nodes: int) -> None:
+def save_strip(
+    path: Path,
+    columns: Mapping[str, Mapping[str, Sequence[Edge]]],
+    nodes: int,
+    inputs: Inputs | None = None,
+) -> None:
     """Write cells as .svg: a column for each title (cell type -> edges as in `draw_cell`), a row
     for each cell type, and a legend.
 
-    Raises ValueError as `draw_cell` does or where there are no columns, UserError as `save_drawing`
-    does.
+    inputs: as in `save_cells`. Raises ValueError as `draw_cell` does or where there are no columns,
+    UserError as `save_drawing` does.
     """
     if not columns:
         raise ValueError("expected at least one column")
@@ -28,20 +43,25 @@ def save_strip(path: Path, columns: Mapping[str, Mapping[str, Sequence[Edge]]], 
         e[2] for cells in columns.values() for edges in cells.values() for e in edges
     )
     layouts = {
-        title: {kind: lay_out(_bare(cells[kind]), nodes, 2, styles) for kind in kinds}
+        title: {
+            kind: lay_out(_bare(cells[kind]), nodes, len(inputs_of(inputs, kind)), styles)
+            for kind in kinds
+        }
         for title, cells in columns.items()
     }
-    wide = min((_WIDTH - _ROW_NAME) / len(columns) - _GAP, 240.0)
+    names = {kind: kind_of(kind).short for kind in kinds}
+    start = max([_ROW_NAME, *(72 * text_width(name, 10.0) + 6 for name in names.values())])
+    wide = min((_WIDTH - start) / len(columns) - _GAP, max(_WIDE, _NODE_WIDE * nodes))
     parts = [
-        svg.label(_ROW_NAME + i * (wide + _GAP) + wide / 2, 15, title, anchor="middle", bold=True)
+        svg.label(start + i * (wide + _GAP) + wide / 2, 15, title, anchor="middle", bold=True)
         for i, title in enumerate(columns)
     ]
     y = _TOP
     for kind in kinds:
-        tall = max(layouts[title][kind].panel.height for title in columns) * _UP
-        parts.append(svg.label(0, y + tall / 2 + 4, _KIND.get(kind, kind), size=10, color=FAINT))
+        tall = max(_height(layouts[title][kind]) for title in columns) * _UP
+        parts.append(svg.label(0, y + tall / 2 + 4, names[kind], size=10, color=FAINT))
         for i, title in enumerate(columns):
-            x = _ROW_NAME + i * (wide + _GAP)
+            x = start + i * (wide + _GAP)
             parts += _cell(columns[title][kind], layouts[title][kind], styles, x, y, wide, tall)
         y += tall + 8
     parts += _legend(styles, y + 12)
@@ -51,6 +71,11 @@ def save_strip(path: Path, columns: Mapping[str, Mapping[str, Sequence[Edge]]], 
 
 def _bare(edges: Sequence[Edge]) -> list[Edge]:
     return [(source, target, name, None) for source, target, name, _ in edges]
+
+
+def _height(layout: Layout) -> float:
+    bottom, top = layout.height
+    return top - bottom
 
 
 def _cell(
@@ -64,7 +89,7 @@ def _cell(
 ) -> Iterator[str]:
     """Yield a cell in the box at x, y."""
     left, right = layout.inputs[0].x - 0.2, layout.panel.x + layout.panel.width / 2
-    scale, middle = wide / (right - left), layout.panel.y
+    scale, middle = wide / (right - left), sum(layout.height) / 2
 
     def place(point: tuple[float, float]) -> str:
         across = x + (point[0] - left) * scale
