@@ -14,13 +14,16 @@ class Metric:
     """A score, and the cost that is compared: less of it is better.
 
     name: of the score in metrics.jsonl, after `train_` and `valid_`. cost: of the cost in
-    metrics.jsonl and result.json, after `valid_` and `test_`. unit: "%" shows a share of 1.
+    metrics.jsonl and result.json, after `valid_` and `test_`. unit: "%" shows a share of 1. short:
+    what to call it in a text, where that is not its name. data: what its sets are made of.
     """
 
     name: str
     cost: str
     unit: str = ""
     exponential: bool = False  # of the mean over items
+    short: str = ""
+    data: str = "images"
 
     def score(self, mean: float) -> float:
         """Return the score of a set, from the mean of its items' scores."""
@@ -28,9 +31,24 @@ class Metric:
             return mean
         return math.exp(mean) if mean < 700.0 else math.inf  # no OverflowError
 
+    @property
+    def score_name(self) -> str:
+        """What to call a score in a text."""
+        return self.short or self.name
+
+    @property
+    def cost_name(self) -> str:
+        """What to call a cost in a text."""
+        return self.short or self.cost
+
+    @property
+    def more_is_better(self) -> bool:
+        """Whether a greater score is a better one."""
+        return self.name != self.cost
+
     def cost_of(self, score: float) -> float:
-        """Return the cost of a score."""
-        return score if self.name == self.cost else 1.0 - score
+        """Return the cost of a score, and the score of a cost."""
+        return 1.0 - score if self.more_is_better else score
 
     def text(self, value: float, digits: int = 2) -> str:
         """Return a score or a cost with its unit."""
@@ -45,14 +63,19 @@ class Metric:
 
 METRICS: Mapping[str, Metric] = {
     "classification": Metric("accuracy", "error", "%"),
-    "language": Metric("perplexity", "perplexity", exponential=True),
-    "disparity": Metric("epe", "epe", " px"),  # end-point error
+    "language": Metric("perplexity", "perplexity", exponential=True, data="text"),
+    "disparity": Metric("epe", "epe", " px", short="EPE"),  # end-point error
 }
 
 
 def metric_of(task: object) -> Metric:
     """Return the metric of a run's task; of classification where its config names none."""
-    return METRICS.get(str(task), METRICS["classification"])
+    return METRICS[task_of(task)]
+
+
+def task_of(task: object) -> str:
+    """Return the task that a run's config names; classification where it names none that is."""
+    return str(task) if str(task) in METRICS else "classification"
 
 
 @dataclass(frozen=True)

@@ -223,14 +223,14 @@ def test_retrainings_find_their_search_after_a_move_and_in_a_copy(robust, tmp_pa
     moved = tmp_path / "moved"
     plant_retraining(moved / "final/a", plant_search(moved / "searches/a"), 0.3)
     moved.rename(tmp_path / "elsewhere")
-    assert rows_in(tmp_path / "elsewhere")["searches/a"].test_error == 0.3
+    assert rows_in(tmp_path / "elsewhere")["searches/a"].test_cost == 0.3
 
 
 def test_a_search_of_the_same_name_is_not_taken_for_another(tmp_path) -> None:
     plant_retraining(tmp_path / "r", plant_search(tmp_path / "one/a", seed=1), 0.3)
     plant_search(tmp_path / "two/a", seed=2)
     rows = rows_in(tmp_path / "r", tmp_path / "two")
-    assert rows["r"].source is None and rows["two/a"].test_error is None
+    assert rows["r"].source is None and rows["two/a"].test_cost is None
     assert rows["r"].notes == ["its search is not among these runs"]
 
 
@@ -243,8 +243,8 @@ def test_the_longest_retrainings_of_the_found_genotype_count(tmp_path) -> None:
     plant_retraining(tmp_path / "g/epoch-001", search, 0.8, epochs=3, genotypes_at="1")
     plant_retraining(tmp_path / "g/epoch-003", search, 0.6, epochs=3, genotypes_at="3")
     rows = rows_in(tmp_path)
-    assert rows["s"].test_error == pytest.approx((0.2 + 0.4 + 0.6) / 3)  # epoch 3 is the last
-    assert [row.test_error for row in rows["s"].at(1)] == [0.8]
+    assert rows["s"].test_cost == pytest.approx((0.2 + 0.4 + 0.6) / 3)  # epoch 3 is the last
+    assert [row.test_cost for row in rows["s"].at(1)] == [0.8]
 
 
 def test_stopped_early_is_a_method_where_all_its_genotypes_were_retrained(tmp_path) -> None:
@@ -259,7 +259,7 @@ def test_stopped_early_is_a_method_where_all_its_genotypes_were_retrained(tmp_pa
             plant_retraining(
                 tmp_path / f"{name}-early", search, 0.1 + seed / 10, genotypes_at=str(stop)
             )
-    found = {g.method: g.errors for g in groups.groups_of(list(rows_in(tmp_path).values()))}
+    found = {g.method: g.costs for g in groups.groups_of(list(rows_in(tmp_path).values()))}
     assert found["DARTS"] == pytest.approx([0.5, 0.6, 0.7])
     assert found["DARTS-ES"] == pytest.approx([0.1, 0.2, 0.7])
     shutil.rmtree(tmp_path / "s1-early")

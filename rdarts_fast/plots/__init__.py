@@ -1,7 +1,8 @@
 """Pictures: cells as graphs, and numbers. matplotlib is imported when a picture is drawn."""
 
-from rdarts_fast.plots.cells import Edge, draw_cell, save_cells
+from rdarts_fast.plots.cells import Edge, draw_cell, kind_of, save_cells
 from rdarts_fast.plots.curves import (
+    Score,
     draw_curves,
     draw_landscape,
     draw_spectrum,
@@ -13,6 +14,7 @@ from rdarts_fast.plots.curves import (
     save_trajectory,
 )
 from rdarts_fast.plots.heat import Weights, save_weights
+from rdarts_fast.plots.maps import save_maps
 from rdarts_fast.plots.panels import Panel, draw_panel, save_panels
 from rdarts_fast.plots.strip import save_strip
 from rdarts_fast.plots.svg import sparkline
@@ -20,6 +22,7 @@ from rdarts_fast.plots.svg import sparkline
 __all__ = [
     "Edge",
     "Panel",
+    "Score",
     "Weights",
     "draw_cell",
     "draw_curves",
@@ -27,10 +30,12 @@ __all__ = [
     "draw_panel",
     "draw_spectrum",
     "draw_trajectory",
+    "kind_of",
     "save_cells",
     "save_course",
     "save_curves",
     "save_landscape",
+    "save_maps",
     "save_panels",
     "save_spectrum",
     "save_strip",

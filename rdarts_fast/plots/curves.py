@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _GRID = "#E3E5E8"
+_FACTOR = 4.0  # from the least to the greatest value, from which on an axis is logarithmic
 _SHOWN = 30  # eigenvalues in a picture of a spectrum, as in the paper
 _BLUE, _ORANGE = PALETTE[0], PALETTE[1]
 
@@ -102,12 +104,27 @@ def draw_trajectory(ax: Axes, branches: Sequence[Mapping[str, Any]], title: str)
     ax.legend(frameon=False)
 
 
+@dataclass(frozen=True)
+class Score:
+    """What a course shows beside the loss.
+
+    name: in the records, after `train_` and `valid_`. title, unit: on the page. log: whether it
+    grows by factors: then its axis does, where it goes over more than a few.
+    """
+
+    name: str = "accuracy"
+    title: str = "accuracy"
+    unit: str = ""
+    log: bool = False
+
+
 def save_course(
     path: Path,
     history: Sequence[Mapping[str, Any]],
     abandoned: Sequence[Sequence[Mapping[str, Any]]] = (),
+    score: Score = Score(),
 ) -> None:
-    """Write losses and accuracies over a search's epochs as .svg or .png, two panels.
+    """Write losses and scores over a search's epochs as .svg or .png, two panels.
 
     history, and each of `abandoned`, which is fainter: records as in metrics.jsonl, one an epoch; a
     value that is missing leaves a gap. Raises UserError as `save_cells` does.
@@ -117,20 +134,41 @@ def save_course(
     check_suffix(path)
     figure = Figure(figsize=(11.6, 3.4), facecolor="white")
     figure.subplots_adjust(left=0.045, right=0.99, bottom=0.14, top=0.91, wspace=0.1)
-    for ax, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    shown = (Score("loss", "loss"), score)
+    for ax, what in zip(figure.subplots(1, 2), shown, strict=True):
+        found = []
         for half, color in (("train", FAINT), ("valid", _BLUE)):
             for records in (*abandoned, history):
                 kept = records is history
                 at = [record["epoch"] for record in records]
-                values = [record.get(f"{half}_{what}", math.nan) for record in records]
+                values = [record.get(f"{half}_{what.name}", math.nan) for record in records]
+                found += values
                 look = {"color": color, "lw": 2 if kept else 1.2, "alpha": 1.0 if kept else 0.4}
                 name = {"train": "training", "valid": "validation"}[half] if kept else "_"
                 marker = "o" if len(records) < 2 else ""
                 ax.plot(at, values, marker=marker, ms=3.5, label=name, **look)
-        label_axes(ax, "epoch", "", what)
+        label_axes(ax, "epoch", "", f"{what.title}, {what.unit}" if what.unit else what.title)
         whole_numbers(ax)
+        if what.log and _is_wide(found):
+            _by_factors(ax)
     figure.axes[0].legend(frameon=False)
     save(figure, path)
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    """Whether positive values go over more than a factor of _FACTOR."""
+    there = [value for value in values if math.isfinite(value)]
+    return bool(there) and min(there) > 0.0 and max(there) > _FACTOR * min(there)
+
+
+def _by_factors(ax: Axes) -> None:
+    """Make the y axis logarithmic, numbered in plain digits."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def save_spectrum(path: Path, spectra: Mapping[int, Sequence[float]]) -> None:

@@ -11,6 +11,7 @@ from rdarts_fast.report.numbers import Average
 from rdarts_fast.report.rows import Row
 
 _MOST_REASONS = 8
+_COST = "error"  # what is published here, of image classifiers alone
 _HEAD = ("space", "data", "method", "drop path", "what", "here", "published", "from")
 _Case = tuple[str, str, str, float]
 
@@ -27,8 +28,8 @@ def section(rows: Sequence[Row]) -> Html:
         for method, retraining in _attempts(row):
             case = _case(row, method)
             found = _matches(case, row, retraining.config)
-            if found is None and retraining.test_error is not None:
-                errors.setdefault(case, []).append(retraining.test_error)
+            if found is None and retraining.test_cost is not None:
+                errors.setdefault(case, []).append(retraining.test_cost)
                 why = None
             else:
                 why = found
@@ -83,6 +84,8 @@ def _case(row: Row, method: str) -> _Case:
 
 def _matches(case: _Case, row: Row, retraining: dict[str, Any] | None) -> str | None:
     space, data, method, drop_path = case
+    if row.metric.cost != _COST:
+        return f"no published numbers for {space} on {data}"
     return published.matches(space, data, row.config, retraining, method, drop_path)
 
 
@@ -105,7 +108,7 @@ def _supernet_lines(supernets: dict[_Case, list[Row]]) -> Iterator[list[str]]:
     for (space, data, method, drop_path), rows in sorted(supernets.items()):
         other = published.supernets(space, drop_path)
         names = [space, data, method, f"{drop_path:g}"]
-        accuracy = Average.of([row.supernet_accuracy for row in rows])
+        accuracy = Average.of([row.supernet_score for row in rows])
         theirs = Average.of([row.valid_accuracy for row in other])
         what = "supernet's validation accuracy, %"
         if accuracy is not None:

@@ -6,12 +6,13 @@ import dataclasses
 import shlex
 from typing import Any
 
-from rdarts_fast.config import RetrainConfig, SearchConfig, defaults, flag
+from rdarts_fast.config import RetrainConfig, RunConfig, SearchConfig, defaults, flag
 from rdarts_fast.config_sources import stored
 from rdarts_fast.errors import UserError
 from rdarts_fast.report.rows import Row
 
-_PLACES = ("out", "resume", "source", "data", "preset", "device", "threads", "checkpoint_minutes")
+_ELSEWHERE = ("task", "out", "resume", "source", "data", "preset")  # or not at all
+_PLACES = (*_ELSEWHERE, "device", "threads", "checkpoint_minutes")
 
 
 def command_of(row: Row) -> str | None:
@@ -30,7 +31,8 @@ def command_of(row: Row) -> str | None:
             return None
     except UserError:
         return None
-    words = ["--data", config.data] if config.data != "digits" else []
+    words = ["--task", config.task] if config.task != RunConfig.task else []
+    words += ["--data", config.data] if config.data != config.own_data else []
     words += ["--preset", config.preset] if config.preset != "default" else []
     for field in dataclasses.fields(config):
         value, usual = getattr(config, field.name), getattr(base, field.name)

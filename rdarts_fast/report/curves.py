@@ -10,14 +10,15 @@ from typing import Any
 from rdarts_fast import plots
 from rdarts_fast.analysis import ANALYSIS, Branch
 from rdarts_fast.report.markup import Html, Piece, join, tag
-from rdarts_fast.report.numbers import decimal, percent
+from rdarts_fast.report.numbers import capital, decimal, plural
 from rdarts_fast.report.pictures import Pictures
 from rdarts_fast.report.reading import is_number, number
 from rdarts_fast.report.search import Search, abandoned, branches_of, drop_of, planes_of
 
 
 def course(search: Search, pictures: Pictures) -> list[Html]:
-    names = [f"{half}_{what}" for half in ("train", "valid") for what in ("loss", "accuracy")]
+    scale, metric = search.row.scale, search.row.metric
+    names = [f"{half}_{what}" for half in ("train", "valid") for what in ("loss", metric.name)]
     wanted = [*names, "epoch"]
 
     def clean(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -28,23 +29,26 @@ def course(search: Search, pictures: Pictures) -> list[Html]:
 
     history, left = clean(search.history), [clean(part) for part in abandoned(search)]
     if not any(name in record for record in history for name in names):
-        search.notes.append("its metrics have no losses or accuracies")
+        search.notes.append(f"its metrics have no losses or {plural(metric.score_name)}")
         return []
-    caption = "Losses and accuracies of the supernet on both halves of the training images."
-    accuracy = [r["valid_accuracy"] for r in history if "valid_accuracy" in r]
-    if accuracy:
-        best = max(accuracy)
-        caption += f" The validation accuracy ends at {percent(accuracy[-1])} %"
+    both = f"losses and {plural(metric.score_name)}"
+    caption = f"{capital(both)} of the supernet on both halves of the training {metric.data}."
+    scores = [r[f"valid_{metric.name}"] for r in history if f"valid_{metric.name}" in r]
+    if scores:
+        most = "highest" if metric.more_is_better else "lowest"
+        best = max(scores) if metric.more_is_better else min(scores)
+        caption += f" The {scale.supernet} ends at {scale.said(scores[-1])}"
         caption += (
-            f", its highest was {percent(best)} %." if best > accuracy[-1] else ", its highest."
+            f", its {most}." if best == scores[-1] else f", its {most} was {scale.said(best)}."
         )
     caption += " Fainter: epochs that a rollback has undone." if left else ""
+    score = plots.Score(metric.name, metric.score_name, scale.axis, log=metric.exponential)
     return [
         pictures.add(
             f"{search.name}-course",
-            lambda path: plots.save_course(path, history, left),
+            lambda path: plots.save_course(path, history, left, score),
             caption,
-            f"losses and accuracies of {search.name}",
+            f"{both} of {search.name}",
             wide=True,
             least=640,
         )
@@ -136,12 +140,13 @@ def analysis(search: Search, pictures: Pictures) -> tuple[list[Piece], list[Html
         return [words], []
     lines: list[Piece] = []
     if drop is not None:
+        scale, metric = search.row.scale, search.row.metric
         lines.append(
             f"Discretising the supernet of epoch {drop['epoch']:.0f} with inherited weights takes "
-            f"its validation accuracy from {percent(drop['supernet'])} % to "
-            f"{percent(drop['discretised'])} %, a drop of {percent(drop['drop'])} points "
-            f"(to {percent(drop.get('batch_statistics'))} % where batch norms take each batch's "
-            "statistics)."
+            f"its {scale.supernet} from {scale.said(drop['supernet'])} to "
+            f"{scale.said(drop['discretised'])}, a {'drop' if metric.more_is_better else 'rise'} "
+            f"of {scale.difference(drop['drop'])} (to {scale.said(drop.get('batch_statistics'))} "
+            "where batch norms take each batch's statistics)."
         )
     return lines, _landscape(search, folder, pictures)
 

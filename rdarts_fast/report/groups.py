@@ -7,31 +7,38 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rdarts_fast.report.numbers import NOTHING, Average, plain
-from rdarts_fast.report.rows import Row, early_error
+from rdarts_fast.metrics import METRICS, metric_of
+from rdarts_fast.report.numbers import NOTHING, Average, Scale, plain
+from rdarts_fast.report.rows import Row, early_cost
 
-Key = tuple[str, str, str, float | None, float | None]
+Key = tuple[str, str, str, str, float | None, float | None]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Searches of one space, data set, method and regularisation, over seeds.
+    """Searches of one task, space, data set, method and regularisation, over seeds.
 
-    errors: the test errors of what they found, one a search.
+    costs: the test costs of what they found, one a search.
     """
 
+    task: str
     space: str
     data: str
     method: str
     weight_decay: float | None
     drop_path_prob: float | None
     rows: Sequence[Row]
-    errors: Sequence[float | None]
+    costs: Sequence[float | None]
 
     @property
     def searches(self) -> int:
         """How many."""
         return len(self.rows)
+
+    @property
+    def scale(self) -> Scale:
+        """How their scores and costs are written."""
+        return Scale(metric_of(self.task))
 
     def average(self, value: Callable[[Row], float | None]) -> Average | None:
         """Return the average of a number of the rows."""
@@ -46,16 +53,20 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
     members: dict[Key, list[tuple[Row, float | None]]] = {}
     for row in rows:
         if row.searched:
-            members.setdefault(_key(row, row.method), []).append((row, row.test_error))
+            members.setdefault(_key(row, row.method), []).append((row, row.test_cost))
     for key, pairs in list(members.items()):
-        early = [(row, early_error(row)) for row, _ in pairs]
+        early = [(row, early_cost(row)) for row, _ in pairs]
         fired = any(row.stop_epoch is not None for row, _ in pairs)
         # Not of some: those where the rule did not fire would stand for all.
-        if fired and all(error is not None for _, error in early):
-            members.setdefault((*key[:2], "DARTS-ES", *key[3:]), []).extend(early)
-    ordered = sorted(members.items(), key=lambda item: (*item[0][:3], *map(_level, item[0][3:])))
+        if fired and all(cost is not None for _, cost in early):
+            members.setdefault((*key[:3], "DARTS-ES", *key[4:]), []).extend(early)
+    tasks = list(METRICS)
+    ordered = sorted(
+        members.items(),
+        key=lambda item: (tasks.index(item[0][0]), *item[0][1:4], *map(_level, item[0][4:])),
+    )
     return [
-        Group(*key, [row for row, _ in pairs], [error for _, error in pairs])
+        Group(*key, [row for row, _ in pairs], [cost for _, cost in pairs])
         for key, pairs in ordered
     ]
 
@@ -65,35 +76,41 @@ def _level(value: float | None) -> float:
 
 
 def _key(row: Row, method: str) -> Key:
-    return row.space, row.data, method, row.weight_decay, row.drop_path_prob
+    return row.task, row.space, row.data, method, row.weight_decay, row.drop_path_prob
+
+
+def tables_of(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Return the groups of each task: the numbers of one table have one metric."""
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        found.setdefault(group.task, []).append(group)
+    return found
 
 
 # The table
 
-HEAD = (
-    "space",
-    "data",
-    "method",
-    "weight decay",
-    "drop path",
-    "searches",
-    "supernet validation accuracy, %",
-    "lambda_max, last",
-    "lambda_max, mean",
-    "validation error, %",
-    "test error, %",
-)
-_TEXT = 3  # the first columns are names
+_NAMES = ("space", "data", "method", "weight decay", "drop path", "searches")
+TEXT = 3  # the first columns are names
+
+
+def head_of(scale: Scale) -> list[str]:
+    """Return the titles of the columns."""
+    return [
+        *_NAMES,
+        scale.titled(f"supernet {scale.supernet}"),
+        *("lambda_max, last", "lambda_max, mean"),
+        scale.titled(scale.valid),
+        scale.titled(scale.test),
+    ]
 
 
 def cells_of(group: Group, sign: str = "±") -> list[str]:
     """Return a group's line of the table."""
+    supernet, last, mean, valid, test = _averages(group)
+    factor = group.scale.factor
     averages = [
-        (group.average(lambda row: row.supernet_accuracy), 2, 100.0),
-        (group.average(lambda row: row.lambda_last), 3, 1.0),
-        (group.average(lambda row: row.lambda_mean), 3, 1.0),
-        (group.average(lambda row: row.valid_error), 2, 100.0),
-        (Average.of(group.errors), 2, 100.0),
+        *((supernet, 2, factor), (last, 3, 1.0), (mean, 3, 1.0)),
+        *((valid, 2, factor), (test, 2, factor)),
     ]
     texts = [
         NOTHING if found is None else found.text(digits, factor, sign)
@@ -107,17 +124,38 @@ def cells_of(group: Group, sign: str = "±") -> list[str]:
     ]
 
 
+def _averages(group: Group) -> list[Average | None]:
+    return [
+        group.average(lambda row: row.supernet_score),
+        group.average(lambda row: row.lambda_last),
+        group.average(lambda row: row.lambda_mean),
+        group.average(lambda row: row.valid_cost),
+        Average.of(group.costs),
+    ]
+
+
 def to_markdown(groups: Sequence[Group]) -> str:
-    """Return the table in markdown."""
-    lines = [[_markdown(title) for title in HEAD], [*["---"] * _TEXT, *["---:"] * 8]]
+    """Return the table in markdown, one for each task."""
+    return "\n".join(_markdown_table(found) for found in tables_of(groups).values())
+
+
+def _markdown_table(groups: Sequence[Group]) -> str:
+    head = head_of(groups[0].scale)
+    rule = [*["---"] * TEXT, *["---:"] * (len(head) - TEXT)]
+    lines = [[_markdown(title) for title in head], rule]
     lines += [[_markdown(cell) for cell in cells_of(group)] for group in groups]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def to_latex(groups: Sequence[Group]) -> str:
-    """Return the table in LaTeX, without packages."""
-    columns = "l" * _TEXT + "r" * (len(HEAD) - _TEXT)
-    lines = [_latex_line([_latex(title) for title in HEAD]), "\\hline"]
+    """Return the table in LaTeX, without packages, one for each task."""
+    return "\n".join(_latex_table(found) for found in tables_of(groups).values())
+
+
+def _latex_table(groups: Sequence[Group]) -> str:
+    head = head_of(groups[0].scale)
+    columns = "l" * TEXT + "r" * (len(head) - TEXT)
+    lines = [_latex_line([_latex(title) for title in head]), "\\hline"]
     for group in groups:
         cells = [_latex(cell) for cell in cells_of(group)]
         lines.append(_latex_line(cells))
@@ -127,28 +165,38 @@ def to_latex(groups: Sequence[Group]) -> str:
 
 def to_csv(groups: Sequence[Group]) -> str:
     """Return the table for a spreadsheet: mean, deviation and count of each number, with all their
-    digits, shares in [0, 1]; empty where there is none.
+    digits, shares in [0, 1]; empty where there is none. Each metric has columns of its own.
     """
-    numbers = ("supernet_valid_accuracy", "lambda_last", "lambda_mean", "valid_error", "test_error")
     head = ["space", "data", "method", "weight_decay", "drop_path_prob", "searches"]
-    head += [f"{name}_{part}" for name in numbers for part in ("mean", "deviation", "count")]
+    for found in tables_of(groups).values():
+        names = [f"{name}_{part}" for name in _numbers_of(found[0]) for part in _PARTS]
+        head += [name for name in names if name not in head]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
+    writer = csv.DictWriter(text, head, restval="", lineterminator="\n")
+    writer.writeheader()
     for group in groups:
-        averages = [
-            group.average(lambda row: row.supernet_accuracy),
-            group.average(lambda row: row.lambda_last),
-            group.average(lambda row: row.lambda_mean),
-            group.average(lambda row: row.valid_error),
-            Average.of(group.errors),
-        ]
         names = [harmless(text) for text in (group.space, group.data, group.method)]
         cells = [*names, group.weight_decay, group.drop_path_prob, group.searches]
-        for found in averages:
-            cells += ["", "", 0] if found is None else [found.mean, found.deviation, found.count]
-        writer.writerow(["" if cell is None else cell for cell in cells])
+        line = dict(zip(head, cells, strict=False))
+        for name, average in zip(_numbers_of(group), _averages(group), strict=True):
+            parts = ("", "", 0)
+            if average is not None:
+                parts = (average.mean, average.deviation, average.count)
+            line |= {f"{name}_{part}": value for part, value in zip(_PARTS, parts, strict=True)}
+        writer.writerow({name: "" if cell is None else cell for name, cell in line.items()})
     return text.getvalue()
+
+
+_PARTS = ("mean", "deviation", "count")
+
+
+def _numbers_of(group: Group) -> list[str]:
+    metric = group.scale.metric
+    supernet, costs = f"supernet_valid_{metric.name}", (f"{p}_{metric.cost}" for p in _HALVES)
+    return [supernet, "lambda_last", "lambda_mean", *costs]
+
+
+_HALVES = ("valid", "test")
 
 
 def harmless(text: str) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 from rdarts_fast import plots
 from rdarts_fast.plots import Panel
 from rdarts_fast.report.markup import Html
-from rdarts_fast.report.numbers import LEAST, pearson, plain, spearman
+from rdarts_fast.report.numbers import LEAST, Scale, capital, pearson, plain, spearman
 from rdarts_fast.report.pictures import Pictures
 from rdarts_fast.report.reading import number
-from rdarts_fast.report.rows import Row, early_error
+from rdarts_fast.report.rows import Row, early_cost
 from rdarts_fast.report.search import drop_of
 
 Value = Callable[[Row], float | None]
@@ -19,12 +19,12 @@ _NO_PROTOCOL = (
     *("source", "out", "seed", "genotypes_at", "device", "threads", "data_root"),
     *("checkpoint_minutes", "tensorboard", "resume"),
 )
-_TEST, _VALID, _LAMBDA = "test error, %", "validation error, %", "lambda_max"
+_LAMBDA = "lambda_max"
 _Series = dict[str, list[list[tuple[float, float]]]]
 
 
 def figures(rows: Sequence[Row], pictures: Pictures) -> list[Html]:
-    """Return the cards of all figures that these runs have the data for."""
+    """Return the cards of all figures that these runs, of one task, have the data for."""
     searches = [row for row in rows if row.found.kind == "search"]
     return [
         *_by_level(searches, pictures, "weight_decay", "weight decay"),
@@ -49,10 +49,6 @@ def series_name(row: Row, rows: Sequence[Row], without: str = "") -> str:
     return ", ".join(parts)
 
 
-def _percent(value: float | None) -> float | None:
-    return None if value is None else 100 * value
-
-
 # Against the regularisation (paper, figures 3, 5 and 10)
 
 
@@ -68,6 +64,8 @@ def _by_level(
     if not rows:
         return
 
+    scale = rows[0].scale
+
     def series(value: Value, more: str = "") -> _Series:
         found: _Series = {}
         for row in rows:
@@ -77,16 +75,17 @@ def _by_level(
                 found.setdefault(name, []).append([(x, y)])
         return found
 
-    tested = series(lambda row: _percent(row.test_error))
+    tested = series(lambda row: scale.of(row.test_cost))
     if any(row.stop_epoch is not None for row in rows):
-        tested |= series(lambda row: _percent(early_error(row)), ", stopped early")
-    # Of R-DARTS's searches only the chosen ones have a test error.
-    short = {} if _varies(tested) else series(lambda row: _percent(row.valid_error))
+        tested |= series(lambda row: scale.of(early_cost(row)), ", stopped early")
+    # Of R-DARTS's searches only the chosen ones have a test cost.
+    short = {} if _varies(tested) else series(lambda row: scale.of(row.valid_cost))
+    test, valid = scale.titled(scale.test), scale.titled(scale.valid)
     shown = (
-        (_TEST, "retrained networks", tested),
-        (_VALID, "networks retrained for a short time", short),
+        (test, "retrained networks", tested),
+        (valid, "networks retrained for a short time", short),
         (_LAMBDA, "curvature", series(lambda row: row.lambda_last)),
-        (_VALID, "supernets", series(lambda row: _wrong(row.supernet_accuracy))),
+        (valid, "supernets", series(lambda row: _cost(scale, row.supernet_score))),
     )
     panels = [Panel(title, words, y, s, scale="levels") for y, title, s in shown if _varies(s)]
     if not panels:
@@ -111,33 +110,34 @@ def _by_epoch(searches: Sequence[Row], pictures: Pictures) -> Iterator[Html]:
     rows = [row for row in searches if len(_retrained_epochs(row)) > 1]
     if not rows:
         return
+    scale = rows[0].scale
+    scored = f"valid_{scale.metric.name}"
     tested: _Series = {}
     supernets: _Series = {}
     curved: _Series = {}
     for row in rows:
         name = series_name(row, rows)
         tested.setdefault(name, []).append(
-            [(e, 100 * _mean(r.test_error for r in row.at(e))) for e in _retrained_epochs(row)]
+            [(e, scale.factor * _tested(row, e)) for e in _retrained_epochs(row)]
         )
-        _add(supernets, name, row, lambda r: _wrong(number(r, "valid_accuracy")))
+        _add(supernets, name, row, lambda r: _cost(scale, number(r, scored)))
         _add(curved, name, row, lambda r: number(r, "lambda_max"))
     shown = (
-        (_TEST, "retrained genotypes", tested),
-        (_VALID, "supernet", supernets),
+        (scale.titled(scale.test), "retrained genotypes", tested),
+        (scale.titled(scale.valid), "supernet", supernets),
         (_LAMBDA, "curvature", curved),
     )
     panels = [Panel(title, "epoch of the search", y, s) for y, title, s in shown if s]
-    best = [
-        min(_retrained_epochs(row), key=lambda e: _mean(r.test_error for r in row.at(e)))
-        for row in rows
-    ]
+    best = [min(_retrained_epochs(row), key=lambda e: _tested(row, e)) for row in rows]
     caption = (
-        "Genotypes of several epochs, each retrained from scratch. Where the test error rises "
-        "while the supernet's validation error falls, the search has gone wrong (paper, figure 3). "
+        f"Genotypes of several epochs, each retrained from scratch. Where the {scale.test} rises "
+        f"while the supernet's {scale.valid} falls, the search has gone wrong (paper, figure 3). "
         f"{'The best genotype is' if len(best) == 1 else 'The best genotypes are'} of epoch "
         f"{', '.join(str(e) for e in sorted(set(best)))}.{_differing(rows, at_epochs=True)}"
     )
-    yield _card(pictures, "by-epoch", panels, caption, "test error against the epoch of the search")
+    yield _card(
+        pictures, "by-epoch", panels, caption, f"{scale.test} against the epoch of the search"
+    )
 
 
 def _retrained_epochs(row: Row) -> list[int]:
@@ -151,8 +151,12 @@ def _add(series: _Series, name: str, row: Row, value: Callable[[Any], float | No
         series.setdefault(name, []).append(points)
 
 
-def _wrong(accuracy: float | None) -> float | None:
-    return None if accuracy is None else 100 - 100 * accuracy
+def _cost(scale: Scale, score: float | None) -> float | None:
+    return None if score is None else scale.factor * scale.metric.cost_of(score)
+
+
+def _tested(row: Row, epoch: int) -> float:
+    return _mean(r.test_cost for r in row.at(epoch))
 
 
 def _mean(values: Any) -> float:
@@ -164,27 +168,31 @@ def _mean(values: Any) -> float:
 
 
 def _curvature_and_error(searches: Sequence[Row], pictures: Pictures) -> Iterator[Html]:
-    pairs = _pairs(searches, lambda r: r.lambda_mean, lambda r: _percent(r.test_error))
+    pairs = _pairs(searches, lambda r: r.lambda_mean, lambda r: r.scale.of(r.test_cost))
     if sum(map(len, pairs.values())) < 2:
         return
-    used = [r for r in searches if r.lambda_mean is not None and r.test_error is not None]
-    panel = Panel("", "lambda_max, mean over the search", _TEST, _runs_of(pairs), join="none")
+    used = [r for r in searches if r.lambda_mean is not None and r.test_cost is not None]
+    scale = used[0].scale
+    label = scale.titled(scale.test)
+    panel = Panel("", "lambda_max, mean over the search", label, _runs_of(pairs), join="none")
     caption = (
         "Each point is a search. In the paper the networks of searches with large lambda_max are "
         f"the worse ones (figure 4). {correlations(pairs)}{_differing(used)}"
     )
-    yield _card(pictures, "lambda-and-error", [panel], caption, "test error against lambda_max")
+    yield _card(pictures, "lambda-and-error", [panel], caption, f"{scale.test} against lambda_max")
 
 
 def _curvature_and_drop(searches: Sequence[Row], pictures: Pictures) -> Iterator[Html]:
     drops = {row.name: (drop_of(row) or {}).get("drop") for row in searches}
-    pairs = _pairs(searches, lambda r: r.lambda_last, lambda r: _percent(drops[r.name]))
+    pairs = _pairs(searches, lambda r: r.lambda_last, lambda r: r.scale.of(drops[r.name]))
     if sum(map(len, pairs.values())) < 2:
         return
-    label = "drop on discretising, points"
+    scale = searches[0].scale
+    label = _difference(scale, "drop on discretising")
+    verb = "loses" if scale.metric.more_is_better else "gains"
     panel = Panel("", "lambda_max, last", label, _runs_of(pairs), join="none")
     caption = (
-        "What validation accuracy loses when the supernet is discretised with inherited weights: "
+        f"What {scale.supernet} {verb} when the supernet is discretised with inherited weights: "
         f"the paper finds more where lambda_max is large (figure 7). {correlations(pairs)}"
     )
     yield _card(pictures, "lambda-and-drop", [panel], caption, "discretisation drop")
@@ -233,18 +241,24 @@ def _regret(searches: Sequence[Row], pictures: Pictures) -> Iterator[Html]:
     rows = [
         r for r in searches if any(number(x, "regret") is not None for x in r.found.run.history)
     ]
-    for row in rows:
-        _add(regret, series_name(row, rows), row, lambda r: _percent(number(r, "regret")))
-    if not regret:
+    if not rows:
         return
+    scale = rows[0].scale
+    for row in rows:
+        _add(regret, series_name(row, rows), row, lambda r: scale.of(number(r, "regret")))
     ends = [run[-1][1] for runs in regret.values() for run in runs]
+    unit = f" {scale.difference_unit}".rstrip()
     caption = (
-        "Test error of each epoch's genotype above that of the best architecture of the space "
-        f"(paper, figure 2). It ends at {_mean(ends):.2f} points on average over {len(ends)} "
-        f"{'search' if len(ends) == 1 else 'searches'}."
+        f"{capital(scale.test)} of each epoch's genotype above that of the best architecture of "
+        f"the space (paper, figure 2). It ends at {_mean(ends):.2f}{unit} on average over "
+        f"{len(ends)} {'search' if len(ends) == 1 else 'searches'}."
     )
-    panel = Panel("", "epoch of the search", "regret, points", regret)
+    panel = Panel("", "epoch of the search", _difference(scale, "regret"), regret)
     yield _card(pictures, "regret", [panel], caption, "regret over the epochs")
+
+
+def _difference(scale: Scale, words: str) -> str:
+    return ", ".join(part for part in (words, scale.difference_unit) if part)
 
 
 def _card(pictures: Pictures, name: str, panels: Sequence[Panel], caption: str, title: str) -> Html:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rdarts_fast.metrics import Metric
+
 LEAST = 3  # points below which a correlation says nothing
 NOTHING = "–"
 
@@ -32,8 +34,87 @@ class Average:
     def text(self, digits: int, factor: float = 1.0, sign: str = "±") -> str:
         """Return "mean ± deviation"."""
         if self.deviation is None:
-            return f"{factor * self.mean:.{digits}f}"
-        return f"{factor * self.mean:.{digits}f} {sign} {factor * self.deviation:.{digits}f}"
+            return fixed(factor * self.mean, digits)
+        return (
+            f"{fixed(factor * self.mean, digits)} {sign} {fixed(factor * self.deviation, digits)}"
+        )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How the numbers of a metric stand in a table or on an axis."""
+
+    metric: Metric
+
+    @property
+    def factor(self) -> float:
+        """What a number is multiplied by: shares stand in percent."""
+        return 100.0 if self.metric.unit == "%" else 1.0
+
+    @property
+    def unit(self) -> str:
+        """The unit as a word; empty where a number has none."""
+        return self.metric.unit.strip()
+
+    @property
+    def difference_unit(self) -> str:
+        """The unit of differences."""
+        return "points" if self.unit == "%" else self.unit
+
+    @property
+    def axis(self) -> str:
+        """The unit at an axis of scores; empty for shares, which stand there as they are."""
+        return "" if self.factor != 1.0 else self.unit
+
+    def of(self, value: float | None) -> float | None:
+        """Return a number in its unit."""
+        return None if value is None else self.factor * value
+
+    def text(self, value: float | None) -> str:
+        """Return a number in its unit, which stands elsewhere."""
+        return NOTHING if value is None else fixed(self.factor * value, 2)
+
+    def said(self, value: float | None) -> str:
+        """Return a number with its unit."""
+        return f"{self.text(value)} {self.unit}".rstrip()
+
+    def difference(self, value: float | None) -> str:
+        """Return a difference with its unit."""
+        return f"{self.text(value)} {self.difference_unit}".rstrip()
+
+    def titled(self, words: str) -> str:
+        """Return the title of a column or an axis: words and the unit."""
+        return f"{words}, {self.unit}" if self.unit else words
+
+    @property
+    def test(self) -> str:
+        """What a retrained network has."""
+        return f"test {self.metric.cost_name}"
+
+    @property
+    def valid(self) -> str:
+        """What a network has that was retrained for a short time."""
+        return f"validation {self.metric.cost_name}"
+
+    @property
+    def supernet(self) -> str:
+        """What a search's supernet has."""
+        return f"validation {self.metric.score_name}"
+
+
+def capital(words: str) -> str:
+    """Return words that begin a sentence."""
+    return words[:1].upper() + words[1:]
+
+
+def plural(name: str) -> str:
+    """Return a score's name for several."""
+    return f"{name[:-1]}ies" if name.endswith("y") else f"{name}s"
+
+
+def fixed(value: float, digits: int) -> str:
+    """Return a number with so many decimals; one that would be long by its power of ten."""
+    return f"{value:.{digits}f}" if abs(value) < 1e7 else f"{value:.3g}"
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -64,12 +145,12 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 def percent(value: float | None) -> str:
     """Return a share in percent, with two decimals and no sign."""
-    return NOTHING if value is None else f"{100 * value:.2f}"
+    return NOTHING if value is None else fixed(100 * value, 2)
 
 
 def decimal(value: float | None) -> str:
     """Return a number with three decimals."""
-    return NOTHING if value is None else f"{value:.3f}"
+    return NOTHING if value is None else fixed(value, 3)
 
 
 def plain(value: float | int | None) -> str:

@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from rdarts_fast.plots import sparkline
 from rdarts_fast.report.many import correlations
 from rdarts_fast.report.markup import Html, Piece, bullets, join, paragraphs, table, tag
-from rdarts_fast.report.numbers import LEAST, NOTHING, decimal, percent, plain, seconds
+from rdarts_fast.report.numbers import LEAST, NOTHING, Scale, decimal, plain, seconds
 from rdarts_fast.report.reading import Unread
-from rdarts_fast.report.rows import Row
+from rdarts_fast.report.rows import Row, by_task
 
-_COLUMNS = (
-    *("run", "kind", "state", "over the epochs"),
-    *("test error, %", "validation error, short training, %", "supernet's validation accuracy, %"),
+_NUMBERS = (
     *("lambda_max, last", "lambda_max, mean", "stop epoch", "rollbacks"),
     *("space", "data", "seed", "weight decay", "drop path", "epochs", "seconds"),
 )
@@ -82,23 +80,24 @@ def _summary(rows: Sequence[Row]) -> str:
 
 def _findings(searches: Sequence[Row]) -> str:
     measured = [row for row in searches if row.lambda_last is not None]
-    text = ""
+    lines = []
     if measured:
         stops = sum(row.stop_epoch is not None for row in measured)
-        text += (
+        lines.append(
             f"lambda_max was measured in {_count(len(measured), 'search', 'searches')}; in "
-            f"{stops or 'none'} of them it grew until the early-stopping rule fired. "
+            f"{stops or 'none'} of them it grew until the early-stopping rule fired."
         )
-    pairs: dict[str, list[tuple[float, float]]] = {}
-    for row in measured:
-        if row.lambda_mean is not None and row.test_error is not None:
-            pairs.setdefault(f"{row.space}, {row.data}", []).append(
-                (row.lambda_mean, row.test_error)
-            )
-    told = {name: points for name, points in pairs.items() if len(points) >= LEAST}
-    if told:
-        text += f"Mean lambda_max against test error: {correlations(told)}"
-    return text
+    for rows in by_task(measured).values():
+        pairs: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row.lambda_mean is not None and row.test_cost is not None:
+                pairs.setdefault(f"{row.space}, {row.data}", []).append(
+                    (row.lambda_mean, row.test_cost)
+                )
+        told = {name: points for name, points in pairs.items() if len(points) >= LEAST}
+        if told:
+            lines.append(f"Mean lambda_max against {rows[0].scale.test}: {correlations(told)}")
+    return " ".join(lines)
 
 
 def _tiles(rows: Sequence[Row], searches: Sequence[Row]) -> list[Html]:
@@ -107,11 +106,13 @@ def _tiles(rows: Sequence[Row], searches: Sequence[Row]) -> list[Html]:
         [_tile(str(len(rows) - len(searches)), "retrainings")] if len(rows) > len(searches) else []
     )
     tested = [
-        r for r in rows if not r.searched and r.test_error is not None and r.found.state == "ended"
+        r for r in rows if not r.searched and r.test_cost is not None and r.found.state == "ended"
     ]
-    if len({row.data for row in tested}) == 1:
-        best = min(tested, key=lambda row: row.test_error or 0.0)
-        tiles.append(_tile(f"{percent(best.test_error)} %", f"lowest test error: {best.name}"))
+    for alike in by_task(tested).values():
+        if len({row.data for row in alike}) == 1:
+            best = min(alike, key=lambda row: row.test_cost or 0.0)
+            words = f"lowest {best.scale.test}: {best.name}"
+            tiles.append(_tile(best.scale.said(best.test_cost), words))
     curved = [row for row in searches if row.lambda_last is not None]
     if curved:
         stops = sum(row.stop_epoch is not None for row in curved)
@@ -126,30 +127,50 @@ def _tile(number: str, words: str) -> Html:
 
 
 def table_of(rows: Sequence[Row], parts: Mapping[str, int]) -> Html:
-    """Return the table of all runs without the columns that are empty. parts: the number of the
-    part of the page about a search, by name.
+    """Return the table of all runs without the columns that are empty, one for each task. parts:
+    the number of the part of the page about a search, by name.
     """
+    found = by_task(rows)
+    pieces: list[Piece] = []
+    for task, there in found.items():
+        pieces += [tag("h3", task)] if len(found) > 1 else []
+        pieces += [tag("div", _table(there, parts), class_="runs")]
+        pieces += [tag("p", _words(there[0].scale), class_="soft")]
+    return join(pieces)
+
+
+def _table(rows: Sequence[Row], parts: Mapping[str, int]) -> Html:
+    scale = rows[0].scale
+    columns = (
+        *("run", "kind", "state", "over the epochs"),
+        scale.titled(scale.test),
+        scale.titled(f"{scale.valid}, short training"),
+        scale.titled(f"supernet's {scale.supernet}"),
+        *_NUMBERS,
+    )
     lines = [_cells(row, parts) for row in rows]
     used = [
         i
-        for i in range(len(_COLUMNS))
+        for i in range(len(columns))
         if any(line[i] not in (NOTHING, "") for line in lines) or i < 1
     ]
-    looks = ["sub" if row.source is not None else "" for row in rows]
-    shown = table(
-        [_COLUMNS[i] for i in used],
+    return table(
+        [columns[i] for i in used],
         [[line[i] for i in used] for line in lines],
-        text=[place for place, i in enumerate(used) if _COLUMNS[i] in _TEXT],
-        looks=looks,
+        text=[place for place, i in enumerate(used) if columns[i] in _TEXT],
+        looks=["sub" if row.source is not None else "" for row in rows],
     )
-    words = (
+
+
+def _words(scale: Scale) -> str:
+    cost = scale.metric.cost_name
+    return (
         "A search is followed by the retrainings of what it found, whose weight decay and drop "
         "path are their own. lambda_max, mean: over the whole search, without what a rollback has "
-        "undone. Validation and test error of a search are those of its retrained network, after "
-        "the last epoch, on average where there are several. Small curves: the validation accuracy "
-        "of a search, the error of a retraining, from the lowest to the highest."
+        f"undone. Validation and test {cost} of a search are those of its retrained network, after "
+        f"the last epoch, on average where there are several. Small curves: the {scale.supernet} "
+        f"of a search, the {cost} of a retraining, from the lowest to the highest."
     )
-    return join([tag("div", shown, class_="runs"), tag("p", words, class_="soft")])
 
 
 def _cells(row: Row, parts: Mapping[str, int]) -> list[Piece]:
@@ -163,12 +184,13 @@ def _cells(row: Row, parts: Mapping[str, int]) -> list[Piece]:
         kind = "short retraining"
     elif row.searched and row.method not in ("DARTS", "RandomNAS-ws"):
         kind = f"search, {row.method}"
+    scale = row.scale
     asked = NOTHING if row.epochs_asked is None else str(row.epochs_asked)
     state = tag("span", row.found.state, class_=f"state {_STATES[row.found.state]}".strip())
     curve: Piece = Html(sparkline(row.curve)) if len(row.curve) > 1 else NOTHING
     return [
         *(name, kind, state, curve),
-        *(percent(row.test_error), percent(row.valid_error), percent(row.supernet_accuracy)),
+        *(scale.text(value) for value in (row.test_cost, row.valid_cost, row.supernet_score)),
         *(decimal(row.lambda_last), decimal(row.lambda_mean)),
         *(plain(row.stop_epoch), plain(row.rollbacks)),
         *(row.space or NOTHING, row.data or NOTHING),

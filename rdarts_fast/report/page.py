@@ -5,14 +5,14 @@ from __future__ import annotations
 import platform
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from rdarts_fast import __version__
 from rdarts_fast.errors import UserError
-from rdarts_fast.report import beside, groups, many, overview, single
+from rdarts_fast.report import beside, groups, many, maps, overview, single
 from rdarts_fast.report.commands import command_of
 from rdarts_fast.report.groups import Group
 from rdarts_fast.report.markup import (
@@ -27,7 +27,7 @@ from rdarts_fast.report.markup import (
 )
 from rdarts_fast.report.pictures import FOLDER, Pictures
 from rdarts_fast.report.reading import Unread, read_all
-from rdarts_fast.report.rows import Row, rows_of
+from rdarts_fast.report.rows import Row, by_task, rows_of
 from rdarts_fast.report.style import CSS
 
 DETAILS = 12  # searches that have a part of their own unless more are asked for
@@ -115,17 +115,20 @@ def _page(
 ) -> str:
     searches = [row for row in rows if row.searched]
     grouped = groups.groups_of(rows)
-    figures = many.figures(rows, pictures)
+    figures = {task: many.figures(found, pictures) for task, found in by_task(rows).items()}
     parts: dict[str, tuple[str, Html]] = {
         "runs": ("", overview.table_of(rows, _parted(searches, details)))
     }
-    if figures:
-        parts["figures"] = ("Over all runs", tag("div", join(figures), class_="cards"))
+    if any(figures.values()):
+        parts["figures"] = ("Over all runs", _figures(figures))
     if grouped:
         parts["table"] = ("Means over seeds, to paste", _to_paste(grouped))
         parts["paper"] = ("Beside the paper", beside.section(rows))
     if searches:
         parts["searches"] = ("Each search", _searches(searches, pictures, details))
+    alone = maps.alone(rows, pictures)
+    if alone:
+        parts["maps"] = ("Retrainings without their search", tag("div", *alone, class_="cards"))
     head = overview.head(rows, unread)
     title = overview.title(rows)
     links = [tag("a", name, href=f"#{key}") for key, (name, _) in parts.items() if name]
@@ -149,12 +152,29 @@ def _parted(searches: Sequence[Row], details: int | None) -> dict[str, int]:
     return {row.name: i for i, row in enumerate(searches[:details], start=1)}
 
 
+def _figures(figures: Mapping[str, Sequence[Html]]) -> Html:
+    """Return the cards of each task's figures, under its name where there are several tasks."""
+    pieces: list[Piece] = []
+    for task, cards in figures.items():
+        if cards:
+            pieces += [tag("h3", task)] if len(figures) > 1 else []
+            pieces.append(tag("div", join(cards), class_="cards"))
+    return join(pieces)
+
+
 def _to_paste(grouped: Sequence[Group]) -> Html:
-    lines = [groups.cells_of(group) for group in grouped]
-    shown = tag("div", table(groups.HEAD, lines, text=range(3)), class_="plain")
+    tables = groups.tables_of(grouped)
+    shown: list[Piece] = []
+    for task, found in tables.items():
+        lines = [groups.cells_of(group) for group in found]
+        drawn = table(groups.head_of(found[0].scale), lines, text=range(groups.TEXT))
+        shown += [tag("h3", task)] if len(tables) > 1 else []
+        shown.append(tag("div", drawn, class_="plain"))
+    costs = " or ".join(dict.fromkeys(group.scale.metric.cost_name for group in grouped))
     words = (
         "Searches that differ in the seed alone: mean ± sample deviation, which one search does "
-        "not have. The test error is that of the network retrained from what a search ended with."
+        f"not have. The test {costs} is that of the network retrained from what a search ended "
+        "with."
     )
     forms: list[Piece] = [
         folded(f"{name} ({file})", tag("pre", text))
@@ -164,7 +184,7 @@ def _to_paste(grouped: Sequence[Group]) -> Html:
             ("CSV, all digits, shares in [0, 1]", "table.csv", groups.to_csv(grouped)),
         )
     ]
-    return join([paragraphs(words), shown, *forms])
+    return join([paragraphs(words), *shown, *forms])
 
 
 def _searches(searches: Sequence[Row], pictures: Pictures, details: int | None) -> Html:

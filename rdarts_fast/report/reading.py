@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from rdarts_fast.errors import UserError
+from rdarts_fast.metrics import METRICS as SCORES
 from rdarts_fast.run_dir import CONFIG, METRICS, Run
 
 Kind = Literal["search", "random search", "retraining"]
@@ -18,9 +19,10 @@ State = Literal["ended", "still going", "not finished"]
 
 _HOLDER = re.compile(r"process (\d+) on (.*)")
 _MOST_NOTES = 4  # of one run
+_SCORES = {"loss", *(name for metric in SCORES.values() for name in (metric.name, metric.cost))}
 _NUMBERS = (
-    *("train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "valid_error"),
-    *("test_loss", "test_error", "lambda_max", "regret", "seconds"),
+    *(f"{part}_{name}" for part in ("train", "valid", "test") for name in sorted(_SCORES)),
+    *("lambda_max", "regret", "seconds"),
 )
 
 

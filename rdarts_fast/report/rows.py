@@ -11,6 +11,8 @@ from typing import Any
 
 from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype
+from rdarts_fast.metrics import METRICS, Metric, metric_of, task_of
+from rdarts_fast.report.numbers import Scale
 from rdarts_fast.report.reading import Found, number, printable, whole_number
 from rdarts_fast.run_dir import CONFIG, SPACE
 from rdarts_fast.spaces import Space, load_space
@@ -18,7 +20,8 @@ from rdarts_fast.spaces import Space, load_space
 
 @dataclass
 class Row:
-    """A run in numbers; None where it has none. Accuracies and errors are shares in [0, 1].
+    """A run in numbers; None where it has none. Scores and costs are those of its task's metric,
+    accuracies and errors as shares in [0, 1].
 
     lambda_last, lambda_mean: over the epochs that count, those of abandoned branches left out (the
     mean is the paper's of figure 4). stop_epoch: where the rule of DARTS-ES fired first. source:
@@ -36,13 +39,13 @@ class Row:
     drop_path_prob: float | None
     seconds: float | None
     space: str = ""
-    supernet_accuracy: float | None = None
+    supernet_score: float | None = None
     lambda_last: float | None = None
     lambda_mean: float | None = None
     stop_epoch: int | None = None
     rollbacks: int | None = None
-    valid_error: float | None = None
-    test_error: float | None = None
+    valid_cost: float | None = None
+    test_cost: float | None = None
     at_epoch: int | None = None  # a retraining of an epoch's genotype
     source: Row | None = None
     retrainings: list[Row] = field(default_factory=list)
@@ -64,27 +67,42 @@ class Row:
         """The settings as they are in the folder."""
         return self.found.run.config
 
+    @property
+    def task(self) -> str:
+        """What the network is for."""
+        return task_of(self.config.get("task"))
+
+    @property
+    def metric(self) -> Metric:
+        """What its networks are scored by."""
+        return metric_of(self.task)
+
+    @property
+    def scale(self) -> Scale:
+        """How its scores and costs are written."""
+        return Scale(self.metric)
+
     def final(self, *, holdout: bool = False) -> list[Row]:
         """Return the ended retrainings of what the search found: of all, those with most epochs.
 
-        holdout: those that have a validation error in place of a test error.
+        holdout: those that have a cost on held-out data in place of that on the test data.
         """
         ended = [
             r
             for r in self.retrainings
             if r.found.state == "ended"
-            and (r.valid_error if holdout else r.test_error) is not None
+            and (r.valid_cost if holdout else r.test_cost) is not None
             and _is_final(r, self)
         ]
         most = max((r.epochs_asked or 0 for r in ended), default=0)
         return [r for r in ended if (r.epochs_asked or 0) == most]
 
     def at(self, epoch: int) -> list[Row]:
-        """Return the ended retrainings of an epoch's genotype that have a test error."""
+        """Return the ended retrainings of an epoch's genotype that have a test cost."""
         return [
             r
             for r in self.retrainings
-            if r.at_epoch == epoch and r.found.state == "ended" and r.test_error is not None
+            if r.at_epoch == epoch and r.found.state == "ended" and r.test_cost is not None
         ]
 
 
@@ -111,10 +129,16 @@ def rows_of(found: Sequence[Found]) -> list[Row]:
             row.source.retrainings.append(row)
     for row in searches:
         row.retrainings.sort(key=lambda r: -1 if r.at_epoch is None else r.at_epoch)
-        row.test_error = _mean([r.test_error for r in row.final()])
-        row.valid_error = _mean([r.valid_error for r in row.final(holdout=True)])
+        row.test_cost = _mean([r.test_cost for r in row.final()])
+        row.valid_cost = _mean([r.valid_cost for r in row.final(holdout=True)])
     alone = [row for row in retrainings if row.source is None]
     return [each for row in searches for each in (row, *row.retrainings)] + alone
+
+
+def by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each task that has some: numbers of two metrics do not mix."""
+    found = {task: [row for row in rows if row.task == task] for task in METRICS}
+    return {task: there for task, there in found.items() if there}
 
 
 def space_of(found: Found) -> Space | None:
@@ -145,10 +169,13 @@ def _search_row(found: Found) -> Row:
     space = space_of(found)
     row.space = printable(space.name if space else run.config.get("space", ""))
     result, last = run.result or {}, history[-1] if history else {}
-    accuracy = number(result, "valid_accuracy")
-    row.supernet_accuracy = accuracy if accuracy is not None else number(last, "valid_accuracy")
-    if found.kind == "random search" and number(result, "valid_error") is not None:
-        row.supernet_accuracy = 1.0 - float(result["valid_error"])
+    metric = row.metric
+    name = f"valid_{metric.name}"
+    score = number(result, name)
+    row.supernet_score = score if score is not None else number(last, name)
+    cost = number(result, f"valid_{metric.cost}")
+    if found.kind == "random search" and cost is not None:
+        row.supernet_score = metric.cost_of(cost)
     measured = [value for r in history if (value := number(r, "lambda_max")) is not None]
     if measured:
         row.lambda_last, row.lambda_mean = measured[-1], statistics.fmean(measured)
@@ -160,7 +187,7 @@ def _search_row(found: Found) -> Row:
     row.rollbacks = whole_number(result, "rollbacks")
     if row.rollbacks is None and (branches or run.config.get("adaptive", "off") != "off"):
         row.rollbacks = branches
-    row.curve = [value for r in history if (value := number(r, "valid_accuracy")) is not None]
+    row.curve = [value for r in history if (value := number(r, name)) is not None]
     return row
 
 
@@ -168,10 +195,13 @@ def _retraining_row(found: Found) -> Row:
     run = found.run
     row = _row(found)
     result, last = run.result or {}, run.history[-1] if run.history else {}
-    for name in ("valid_error", "test_error"):
-        value = number(result, name)
-        setattr(row, name, value if value is not None else number(last, name))
-    name = "valid_error" if row.test_error is None else "test_error"
+    names = [f"{part}_{row.metric.cost}" for part in ("valid", "test")]
+    costs = [number(result, name) for name in names]
+    row.valid_cost, row.test_cost = (
+        cost if cost is not None else number(last, name)
+        for cost, name in zip(costs, names, strict=True)
+    )
+    name = names[0 if row.test_cost is None else 1]
     row.curve = [value for r in run.history if (value := number(r, name)) is not None]
     at = str(run.config.get("genotypes_at", ""))
     row.at_epoch = int(at) if at.isascii() and at.isdecimal() and len(at) < 9 else None
@@ -217,22 +247,22 @@ def method_of(found: Found) -> str:
     return "DARTS-ES" if config.get("early_stop") == "stop" else "DARTS"
 
 
-def early_error(row: Row) -> float | None:
-    """Return the test error of what DARTS-ES would have ended a search with that went on: of the
+def early_cost(row: Row) -> float | None:
+    """Return the test cost of what DARTS-ES would have ended a search with that went on: of the
     stop epoch's genotype, or of the last where the rule did not fire. None where that was not
     retrained, or the search is no such.
     """
     if row.config.get("early_stop") == "stop" or row.config.get("curvature", "off") == "off":
         return None
     if row.stop_epoch is not None:
-        return _mean([r.test_error for r in row.at(row.stop_epoch)])
+        return _mean([r.test_cost for r in row.at(row.stop_epoch)])
     simulated = row.config.get("early_stop") == "simulate" and row.found.state == "ended"
-    return row.test_error if simulated else None
+    return row.test_cost if simulated else None
 
 
 def _source_of(row: Row, searches: Sequence[Row]) -> Row | None:
-    """Return the search that a retraining names: by its path, else, where folders have moved or
-    were copied, the one of that name that lies closest.
+    """Return the search of its task that a retraining names: by its path, else, where folders have
+    moved or were copied, the one of that name that lies closest.
     """
     named = str(row.config.get("source", ""))
     try:
@@ -241,6 +271,7 @@ def _source_of(row: Row, searches: Sequence[Row]) -> Row | None:
         return None
     if not named or "\0" in named:
         return None
+    searches = [search for search in searches if search.task == row.task]
     path = Path(named)
     for place in (path, path.parent) if path.suffix else (path,):
         for search in searches:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def edges_of(
     if search.space is not None and alphas is not None:
         try:
             found = kept_edges(search.space, genotype, alphas)
-        except (IndexError, ValueError):
+        except (IndexError, KeyError, ValueError):
             search.notes.append("its genotype is not of its search space")
         else:
             return {kind: list(edges) for kind, edges in found.items()}
@@ -153,14 +154,36 @@ def drop_of(row: Row) -> dict[str, float] | None:
 
 def planes_of(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Return the steps and the two planes of a landscape, None where missing or damaged."""
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            steps, leading, random = (
-                np.asarray(arrays[name], dtype=np.float64)
-                for name in ("steps", "leading", "random")
-            )
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    arrays = arrays_of(path, ("steps", "leading", "random"))
+    if arrays is None or any(array.dtype.kind not in "fiu" for array in arrays):
         return None
+    steps, leading, random = (np.asarray(array, dtype=np.float64) for array in arrays)
     shapes_fit = steps.ndim == 1 and leading.shape == random.shape == (len(steps), len(steps))
     whole = shapes_fit and all(np.isfinite(a).all() for a in (steps, leading, random))
     return (steps, leading, random) if whole and len(steps) > 1 else None
+
+
+# Files of arrays
+
+
+def arrays_of(path: Path, names: Sequence[str]) -> list[np.ndarray] | None:
+    """Return arrays of an .npz file, None where it is missing or damaged or holds more than a
+    picture can show.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            sizes = [file.getinfo(f"{name}.npy").file_size for name in names]
+            if max(sizes) > _MOST_BYTES:
+                return None
+        with np.load(path, allow_pickle=False) as arrays:
+            return [np.asarray(arrays[name]) for name in names]
+    except _DAMAGED:
+        return None
+
+
+_MOST_BYTES = 2**30
+# What zipfile, zlib and numpy raise at bytes that are not what they should be.
+_DAMAGED = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, OverflowError),
+    *(MemoryError, zipfile.BadZipFile, zlib.error, struct.error),
+)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from rdarts_fast import plots
 from rdarts_fast.genotype import Genotype, discretize
-from rdarts_fast.report import curves
+from rdarts_fast.report import curves, maps
 from rdarts_fast.report.markup import Html, Piece, bullets, folded, join, paragraphs, tag
-from rdarts_fast.report.numbers import percent
 from rdarts_fast.report.pictures import Pictures
 from rdarts_fast.report.rows import Row, genotype_of
 from rdarts_fast.report.search import Search, edges_of, genotype_found, record_of
 from rdarts_fast.spaces import CELLS, Space
 
-_COLUMNS = 6  # of the strip of cells
+_COLUMNS, _STRIP_NODES = 6, 24  # of the strip of cells; nodes in all columns
+_MANY_NODES = 5  # from which on a cell takes the whole width
+# What gives its input on as it is; too much of it is how a search fails.
+_UNCHANGED = {"skip_connect": "skip connections", "identity": "identities"}
 _STATES = {"c_{k-2}": "cₖ₋₂", "c_{k-1}": "cₖ₋₁", "s_0": "s₀"}
 
 
@@ -30,6 +33,7 @@ def about(row: Row, pictures: Pictures, place: int, *, strip: bool, opened: bool
         *curves.trajectory(search, pictures),
         *curves.spectrum(search, pictures),
         *_alphas(search, pictures),
+        *maps.of_search(search, pictures),
     ]
     cost, shape = curves.analysis(search, pictures)
     notes = [*row.notes, *search.notes]
@@ -46,12 +50,13 @@ def about(row: Row, pictures: Pictures, place: int, *, strip: bool, opened: bool
 def _summary(row: Row) -> str:
     asked = "" if row.epochs_asked is None else f" of {row.epochs_asked}"
     text = f"{row.space} on {row.data}, {row.epochs_done}{asked} epochs, {row.found.state}"
+    scale = row.scale
     for value, words in (
-        (row.supernet_accuracy, "supernet's validation accuracy {} %"),
-        (row.valid_error, "validation error after the short retraining {} %"),
-        (row.test_error, "test error of the retrained network {} %"),
+        (row.supernet_score, f"supernet's {scale.supernet}"),
+        (row.valid_cost, f"{scale.valid} after the short retraining"),
+        (row.test_cost, f"{scale.test} of the retrained network"),
     ):
-        text += "" if value is None else f"; {words.format(percent(value))}"
+        text += "" if value is None else f"; {words} {scale.said(value)}"
     if row.rollbacks:
         text += f"; {row.rollbacks} {'rollback' if row.rollbacks == 1 else 'rollbacks'}"
     return f"{text}."
@@ -75,48 +80,72 @@ def _cells(search: Search, pictures: Pictures) -> list[Html]:
     alphas = None if record is None else search.alphas.get(record["epoch"])
     edges = edges_of(search, genotype, alphas)
     weighed = any(edge[3] is not None for cell in edges.values() for edge in cell)
-    skips = sum(edge[2] == "skip_connect" for cell in edges.values() for edge in cell)
+    skips = sum(edge[2] in _UNCHANGED for cell in edges.values() for edge in cell)
     total = sum(len(cell) for cell in edges.values())
-    caption = f"The found cells{note}. A label is an operation"
+    several = len(edges) > 1
+    caption = f"The found {'cells' if several else 'cell'}{note}. A label is an operation"
     caption += " and its softmax weight" if weighed else ""
-    caption += f"; {skips or 'none'} of the {total} kept edges are skip connections."
+    same = " or ".join(_UNCHANGED[name] for name in _UNCHANGED if _is_candidate(name, edges))
+    caption += f"; {skips or 'none'} of the {total} kept edges are {same}."
+    inputs = {kind: CELLS[kind].inputs for kind in edges}
+    kinds = _and([plots.kind_of(kind).short for kind in edges])
+    many = genotype.nodes > _MANY_NODES
     return [
         pictures.add(
             f"{search.name}-cells",
-            lambda path: plots.save_cells(path, edges, genotype.nodes),
+            lambda path: plots.save_cells(path, edges, genotype.nodes, "", inputs),
             caption,
-            f"normal and reduction cell of {search.name}",
+            f"{kinds} cell of {search.name}",
             wide=True,
-            least=640,
-            most=820,
+            least=1000 if many else 640,
+            most=0 if many else 820,
         )
     ]
+
+
+def _is_candidate(name: str, cells: Iterable[str]) -> bool:
+    return any(name in CELLS[kind].operations for kind in cells)
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def _strip(search: Search, pictures: Pictures) -> list[Html]:
     genotypes = {r["epoch"]: g for r in search.history if (g := genotype_of(r)) is not None}
     epochs = sorted(genotypes)
-    if len(epochs) < 2 or len({g.nodes for g in genotypes.values()}) > 1:
+    if len(epochs) < 2 or len({(g.nodes, *g.cells) for g in genotypes.values()}) > 1:
         return []
-    last = len(epochs) - 1
-    shown = [epochs[i] for i in sorted({round(k * last / (_COLUMNS - 1)) for k in range(_COLUMNS)})]
+    last, nodes = len(epochs) - 1, genotypes[epochs[0]].nodes
+    count = max(2, min(_COLUMNS, _STRIP_NODES // nodes))
+    shown = [epochs[i] for i in sorted({round(k * last / (count - 1)) for k in range(count)})]
     columns = {f"epoch {e}": edges_of(search, genotypes[e], search.alphas.get(e)) for e in shown}
     changes = sum(genotypes[a] != genotypes[b] for a, b in itertools.pairwise(epochs))
+    inputs = {kind: CELLS[kind].inputs for kind in genotypes[epochs[0]].cells}
     caption = (
-        f"The cells of some epochs; over the whole search they changed {changes} times. The dots "
-        "at the left are the inputs, above cₖ₋₂, below cₖ₋₁; a circle is a node."
+        f"The cells of some epochs; over the whole search they changed {changes} times. "
+        f"{_dots(max(inputs.values(), key=len))}; a circle is a node."
     )
-    nodes = genotypes[shown[0]].nodes
     return [
         pictures.add(
             f"{search.name}-epochs",
-            lambda path: plots.save_strip(path, columns, nodes),
+            lambda path: plots.save_strip(path, columns, nodes, inputs),
             caption,
             f"cells of {search.name} over the epochs",
             wide=True,
             least=820,
         )
     ]
+
+
+def _dots(inputs: Sequence[str]) -> str:
+    """Return in words which input each dot is."""
+    names = [_STATES.get(name, name) for name in inputs]
+    if len(names) == 1:
+        return f"The dot at the left is the input {names[0]}"
+    if len(names) == 2:
+        return f"The dots at the left are the inputs, above {names[0]}, below {names[1]}"
+    return f"The dots at the left are the inputs, from the top {', '.join(names)} where it has them"
 
 
 # Alphas
@@ -133,7 +162,7 @@ def _alphas(search: Search, pictures: Pictures) -> list[Html]:
         names = _edge_names(space, kind)
         panels.append(
             plots.Weights(
-                f"{'reduction' if kind == 'reduce' else kind} cell",
+                plots.kind_of(kind).title,
                 list(zip(names, candidates, strict=True)),
                 torch.stack(weights, dim=1).numpy(),
                 _kept_rows(space, chosen, kind),
