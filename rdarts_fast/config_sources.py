@@ -54,10 +54,13 @@ KINDS: Mapping[str, Mapping[type[RunConfig], type[RunConfig]]] = {
 
 
 def kind_for(kind: type[Config], task: str) -> type[Config]:
-    """Return the settings of a program for a task. Raises UserError for an unknown task."""
+    """Return the settings of a program for a task; kind: the program's, for any task. Raises
+    UserError for an unknown task.
+    """
     if task not in KINDS:
         raise unknown("task", task, KINDS)
-    return cast(type[Config], KINDS[task][kind])
+    program = next(base for base in KINDS["classification"] if issubclass(kind, base))
+    return cast(type[Config], KINDS[task][program])
 
 
 def _task_of(folders: Iterable[object]) -> str:

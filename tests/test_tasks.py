@@ -81,15 +81,15 @@ def sizes_of(config: dict[str, Any]) -> dict[str, Any]:
 @world
 def test_planted_eigenvalues_stop_and_roll_back(name: str, tmp_path, monkeypatch) -> None:
     plant(monkeypatch.setattr)
-    given = {"epochs": 7, "curvature": "lambda", "epoch_steps": 2, **RULE}
+    given = {"epochs": 6, "curvature": "lambda", "epoch_steps": 2, **RULE}
     stopped = run_search(**WORLDS[name](tmp_path, out=tmp_path / "s", early_stop="stop", **given))
-    assert stopped.result["early_stop"]["epoch"] == 3
-    assert len(stopped.metrics) == 6
+    assert stopped.result["early_stop"]["epoch"] == 2
+    assert len(stopped.metrics) == 5
     rolled = run_search(**WORLDS[name](tmp_path, out=tmp_path / "a", adaptive="l2", **given))
     assert rolled.result["rollbacks"] == 1
     decays = [record["weight_decay"] for record in rolled.history]
     assert decays[-1] == pytest.approx(10 * decays[0])
-    assert [record["epoch"] for record in rolled.history] == list(range(7))
+    assert [record["epoch"] for record in rolled.history] == list(range(6))
 
 
 KILLED = """
@@ -197,8 +197,9 @@ def test_the_hessian_is_that_of_the_loss(name: str, tmp_path) -> None:
             for leaf, part in zip(leaves, parts, strict=True):
                 leaf -= sign * 1e-6 * part.view_as(leaf)
     difference = (sides[0] - sides[1]) / 2e-6
-    assert torch.allclose(matrix @ direction, difference, rtol=1e-4, atol=1e-7)
-    assert difference.abs().max() > 1e-5
+    scale = float(difference.abs().max())
+    assert scale > 1e-6  # of a recurrent cell's small weights; the differences' own error is 1e-10
+    assert (matrix @ direction - difference).abs().max() <= 1e-3 * scale
 
 
 # Settings
