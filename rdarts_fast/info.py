@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rdarts_fast import __version__
 from rdarts_fast.errors import UserError
+from rdarts_fast.gpu_fit import driver_version, misfit, unusable, version_text
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "tqdm", "tyro", "matplotlib")
 VARIABLES = (
@@ -97,13 +98,16 @@ def cuda() -> Lines:
         yield "devices", f"unknown, torch is not importable: {error}"
         return
     yield "torch built for", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    driver = driver_version()
+    yield "driver supports", "nothing found" if driver is None else _cuda(driver)
     if not torch.cuda.is_available():
-        yield "devices", "none"
+        yield "devices", f"none: {unusable(driver, torch.version.cuda)}"
         return
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         memory = device.total_memory / 2**30
         yield f"device {index}", f"{device.name}, sm_{device.major}{device.minor}, {memory:.0f} GiB"
+        yield f"kernels on {index}", _kernels(10 * device.major + device.minor, driver)
 
 
 def main() -> None:
@@ -131,6 +135,19 @@ def _processor() -> str:
         lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return f"{next(models, platform.processor() or 'unknown')}, {platform.machine()}"
+
+
+def _cuda(number: int) -> str:
+    return f"CUDA {version_text(number)}"
+
+
+def _kernels(capability: int, driver: int | None) -> str:
+    """Return whether the native module's kernels run on such a GPU."""
+    try:
+        from rdarts_fast import native
+    except ImportError:
+        return "none: the native module is not usable"
+    return misfit(capability, driver, native.build_info()) or "run"
 
 
 def _driver() -> str:

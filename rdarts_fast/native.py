@@ -13,6 +13,7 @@ from typing import Any
 import torch  # first: the extension then shares torch's OpenMP library and its thread pool
 from torch import Tensor
 
+from rdarts_fast import gpu_fit
 from rdarts_fast.csrc_hash import csrc_hash
 from rdarts_fast.errors import UserError
 
@@ -81,8 +82,28 @@ def cpu_unit() -> str:
 
 
 def runs_on(device: torch.device) -> bool:
-    """Say whether the extension has launchers for `device`."""
-    return device.type == "cpu" or (device.type == "cuda" and bool(build_info()["cuda_archs"]))
+    """Say whether the extension has launchers for `device`, and that can run them."""
+    if device.type == "cuda":
+        return misfit(device) is None
+    return device.type == "cpu"
+
+
+def misfit(device: torch.device) -> str | None:
+    """Return what keeps the extension's kernels from a CUDA device, and the cure; None where
+    nothing does.
+    """
+    build = build_info()
+    if not build["cuda_archs"]:  # torch need not know the device
+        return gpu_fit.misfit(0, None, build)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _misfit(index, tuple(build["cuda_archs"]), build["cuda_runtime"])
+
+
+@functools.lru_cache
+def _misfit(index: int, archs: tuple[str, ...], runtime: str) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    build = {"cuda_archs": archs, "cuda_runtime": runtime}
+    return gpu_fit.misfit(10 * major + minor, gpu_fit.driver_version(), build)
 
 
 def place(device: torch.device) -> Any:

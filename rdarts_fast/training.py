@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rdarts_fast import gpu_fit, native
 from rdarts_fast.config import RunConfig, to_json
 from rdarts_fast.errors import UserError
 from rdarts_fast.events import Events, TensorBoardEvents, check_tensorboard
@@ -44,11 +45,13 @@ class Interrupted(KeyboardInterrupt):
 @contextmanager
 def prepared(config: RunConfig) -> Iterator[torch.device]:
     """Yield the device, with the config's number of threads inside. Raises UserError for what is
-    not here.
+    not here, and where the kernels that it asks for cannot run on it.
     """
     if config.tensorboard:
         check_tensorboard()
     device, before = select_device(config.device), torch.get_num_threads()
+    if getattr(config, "backend", None) == "fused":
+        check_kernels(device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     # On a GPU: float32 that is float32, and the same bits each time.
@@ -65,7 +68,13 @@ def select_device(name: str) -> torch.device:
     where it is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        driver = gpu_fit.driver_version()
+        if driver is not None:  # else there is nothing that one could have meant
+            reason = gpu_fit.unusable(driver, torch.version.cuda)
+            print(f"note: torch sees no GPU, this runs on the CPU: {reason}", file=sys.stderr)
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -74,9 +83,18 @@ def select_device(name: str) -> torch.device:
         raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name}")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if device.type == "cuda" and (device.index or 0) >= count:
-        found = f"{count} here" if count else "torch sees no GPU here; --device cpu runs on the CPU"
-        raise UserError(f"--device {name}: {found}")
+        reason = gpu_fit.unusable(gpu_fit.driver_version(), torch.version.cuda)
+        none = f"torch sees no GPU here ({reason}); --device cpu runs on the CPU"
+        raise UserError(f"--device {name}: {f'{count} here' if count else none}")
     return device
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raise UserError where the native module's kernels cannot run on the device."""
+    reason = native.misfit(device) if device.type == "cuda" else None
+    if reason is not None:
+        gpu = torch.cuda.get_device_name(device)
+        raise UserError(f"--device {device} ({gpu}): {reason}; {gpu_fit.INSTEAD}")
 
 
 def environment(

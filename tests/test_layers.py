@@ -14,7 +14,7 @@ SOURCES = Path(__file__).resolve().parent.parent / PACKAGE
 # From the ground up. A room is a file or a folder; rooms of one floor do not know each other. The
 # first three lines are the ground floor, which everything may use: there the order is its own.
 FLOORS = [
-    ["errors", "csrc_hash"],
+    ["errors", "csrc_hash", "gpu_fit"],
     ["native"],
     ["draws"],
     [

@@ -57,8 +57,8 @@ def check_images(x: Tensor, name: str) -> None:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got {x.layout}")
     if x.device.type not in ("cpu", "meta") and not native.runs_on(x.device):
         raise ValueError(
-            f"{name}: expected a CPU tensor, got one on {x.device}: this build has no kernels "
-            "for it; a CUDA build comes from `pip install .` where nvcc is found"
+            f"{name}: expected a tensor on a device that has kernels, got one on {x.device}"
+            + (f": {native.misfit(x.device)}" if x.device.type == "cuda" else "")
         )
 
 
