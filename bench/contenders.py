@@ -23,7 +23,7 @@ from rdarts_fast.search import Losses, SearchState, alpha_step, weight_step
 from rdarts_fast.spaces import load_space
 from rdarts_fast.tasks.classification import outcome
 from rdarts_fast.tasks.task import Batch, Carry, Weights
-from rdarts_fast.training import select_device
+from rdarts_fast.training import check_kernels, select_device
 
 OURS = "ours"
 MEMORY_FORMATS = {
@@ -93,6 +93,7 @@ def setups_of(parsed: argparse.Namespace) -> list[Setup]:
         if getattr(parsed, name) < 1:
             raise UserError(f"--{name}: expected at least 1, got {getattr(parsed, name)}")
     sizes, device = {name: getattr(parsed, name) for name in SIZES}, select_device(parsed.device)
+    check_kernels(device)
     for space in parsed.spaces:
         load_space(space)  # raises for one that is not there
     return [Setup(space, **sizes, device=str(device)) for space in parsed.spaces]

@@ -37,7 +37,7 @@ from rdarts_fast.kernels import (
 )
 from rdarts_fast.kernels.channel_sums import channel_affine_twin, channel_sums_twin
 from rdarts_fast.kernels.node_sum import node_sum_dq_twin, node_sum_dz_twin, node_sum_twin
-from rdarts_fast.training import select_device
+from rdarts_fast.training import check_kernels, select_device
 
 BENCH = "kernels"
 CANDIDATES = 10
@@ -282,6 +282,7 @@ def main() -> None:
     """Print a row for each kernel, shape and memory format, and one for its bandwidth."""
     parsed = _parse()
     device = select_device(parsed.device)
+    check_kernels(device)
     if not parsed.json:
         print(f"K = {CANDIDATES}, batch {parsed.batch}, float32, {torch.get_num_threads()} threads")
         print(HEADER, flush=True)

@@ -5,7 +5,8 @@
     python -m bench.search_step --spaces s5 --baselines eager --batch 8 --channels 4 --layers 3
 
 First it checks that our network and the reference compute the same, then it times them in turn. The
-threads are torch's (OMP_NUM_THREADS=1 for one).
+threads are torch's (OMP_NUM_THREADS=1 for one). A row says how many kernels and torch operations a
+forward and backward takes (counts.py).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from bench.contenders import (
     prepare,
     setups_of,
 )
+from bench.counts import count
 from bench.rows import HEADER, Row, show
 from bench.timing import (
     Times,
@@ -49,6 +51,7 @@ from rdarts_fast.spaces import spaces_of
 
 BENCH = "search_step"
 COMPILE_SECONDS = 600.0
+COUNTS = "launches of forward+backward"
 
 
 @exit_on_user_error
@@ -69,6 +72,8 @@ def main() -> None:
 def compare(setup: Setup, parsed: argparse.Namespace) -> Iterator[Row]:
     """Yield the rows of one space."""
     in_process = [name for name in parsed.baselines if name != "compile"]
+    if parsed.counts and in_process:
+        yield counts_row(setup, in_process[0])
     ours_peaks = {case: _peak(OURS, setup, case) for case in parsed.cases}
     for case in parsed.cases if in_process else ():
         # A contender of its own for each case: an optimiser's state is part of its memory.
@@ -79,6 +84,22 @@ def compare(setup: Setup, parsed: argparse.Namespace) -> Iterator[Row]:
             yield _row(setup, case, name, ours, times, peaks)
     if "compile" in parsed.baselines:
         yield from _compare_compiled(setup, parsed, ours_peaks)
+
+
+def counts_row(setup: Setup, baseline: str) -> Row:
+    """Return the row of kernels and operations."""
+    (kernels, operations), (their_kernels, theirs) = count(OURS, setup), count(baseline, setup)
+    note = (
+        f"kernels {kernels:,} against {their_kernels:,} ({their_kernels / kernels:.1f}x fewer), "
+        f"torch operations {operations:,} against {theirs:,} ({theirs / operations:.1f}x fewer)"
+    )
+    more = {
+        "kernels": kernels,
+        "baseline_kernels": their_kernels,
+        "operations": operations,
+        "baseline_operations": theirs,
+    }
+    return _row(setup, COUNTS, baseline, None, None, (None, None), note, **more)
 
 
 def _peak(name: str, setup: Setup, case: str) -> float:
@@ -137,8 +158,9 @@ def _row(
     theirs: Times | None,
     peaks: tuple[float | None, float | None],
     note: str = "",
+    **counts: int,
 ) -> Row:
-    more = {name: getattr(setup, name) for name in SIZES}
+    more = {name: getattr(setup, name) for name in SIZES} | counts
     return Row(BENCH, case, setup.space, baseline, ours, theirs, *peaks, note, more)
 
 
@@ -170,6 +192,12 @@ def _parse() -> argparse.Namespace:
         help="eager: the reference; channels_last: the same in that memory format; compile: "
         "torch.compile of it",
         **several,
+    )
+    parser.add_argument(
+        "--counts",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="count kernels and torch operations",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line, not a table")
     add_sizes(parser)

@@ -17,7 +17,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from bench import contenders, curvature, kernels, launches, search_step, second_order, timing
+from bench import (
+    contenders,
+    counts,
+    curvature,
+    kernels,
+    launches,
+    search_step,
+    second_order,
+    timing,
+)
 from bench.contenders import OURS, Setup
 from bench.curvature_baselines import BASELINES, Loss, trained
 from rdarts_fast import bilevel, config, config_sources
@@ -174,13 +183,36 @@ def printed(monkeypatch, capsys) -> Callable[..., list[str]]:
 
 def test_search_step_prints_a_line_of_json_a_row(printed) -> None:
     choice = ["--spaces", "s5", "--cases", "forward+backward", "--baselines", "eager"]
-    (line,) = printed(search_step.main, "--json", *choice, *SIZES)
-    row = json.loads(line)
-    assert set(row) >= FIELDS
+    counted, row = map(json.loads, printed(search_step.main, "--json", *choice, *SIZES))
+    assert set(row) >= FIELDS <= set(counted)
     assert (row["bench"], row["space"], row["baseline"]) == ("search_step", "s5", "eager")
+    assert counted["case"] == search_step.COUNTS and counted["ratio"] is None
+    assert 0 < counted["operations"] < counted["kernels"] < counted["baseline_kernels"]
+    assert f"kernels {counted['kernels']:,} against" in counted["note"]
     assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ours_ms"], rel=1e-3)
     assert row["peak_mb"] > 0 < row["baseline_peak_mb"]
     assert row["rounds"] == 5
+
+
+def test_a_step_dispatches_a_tenth_of_the_operations() -> None:
+    ours, theirs = (counts.count(name, Setup("s2")) for name in (OURS, "eager"))
+    assert 10 * ours.operations <= theirs.operations
+    assert 3 * ours.kernels <= theirs.kernels
+    launched = counts.counted(dataclasses.replace(Setup("s2"), **counts.SMALL), 1)
+    assert ours.kernels - ours.operations == sum(row.launches for row in launched.values())
+    assert theirs.kernels == theirs.operations
+
+
+def test_views_and_allocations_are_no_operations() -> None:
+    x = torch.ones(4, 4, requires_grad=True)
+
+    def call() -> None:
+        y = torch.empty(4, 4).detach().view(16)[:4]
+        (x.t() * 2 + y).sum().backward()
+
+    assert counts.operations_of(call) == {
+        "mul": 2, "add": 1, "add_": 1, "sum": 1, "ones_like": 1
+    }  # fmt: skip
 
 
 def test_what_does_not_compile_in_time_has_a_row_without_ratio(printed, monkeypatch) -> None:

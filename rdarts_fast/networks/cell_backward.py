@@ -116,13 +116,16 @@ class CellBackward(CellPass):
             return g
         like, count = self.kept.states[i], len(terms)
         dtype = coefficient_dtype(like.dtype)
-        scale, factors = like.new_ones(count, like.shape[1], dtype=dtype), None
+        scales = [like.new_ones(count, like.shape[1], dtype=dtype)] if count else []
+        factors = None
         if source.skips:
-            by_g, _, _ = self.table.rows(source.skip_row, len(source.skips))
-            scale = torch.cat([scale, by_g])
+            scales.append(self.table.rows(source.skip_row, len(source.skips))[0])
             if self.factors is not None:
-                ones = like.new_ones(count, like.shape[0], dtype=dtype)
-                factors = torch.cat([ones, self.factors[source.skips]])
+                factors = self.factors[source.skips]
+                if count:
+                    whole = like.new_ones(count, like.shape[0], dtype=dtype)
+                    factors = torch.cat([whole, factors])
+        scale = scales[0] if len(scales) == 1 else torch.cat(scales)
         terms += self.gradients_into(source.skips)
         out = empty(like, like.shape, torch.channels_last)
         return launch_node_sum(None, scale, None, factors, None, None, terms, out)
