@@ -62,7 +62,7 @@ def check(setup: Setup, baselines: Sequence[str]) -> None:
     vectors, on a small network of the space.
     """
     small = replace(setup, batch=4, channels=2, layers=3, size=8)
-    ours = Loss(OURS, small, torch.float64).hessian()
+    ours = Loss(OURS, small, torch.float64).hessian().cpu()
     vectors = torch.randn(len(ours), VECTORS, generator=torch.Generator().manual_seed(0)).double()
     for name in baselines:
         theirs = Loss(OURS, small, torch.float64)
@@ -169,7 +169,7 @@ def faster(setup: Setup, prepare: Callable[[str], Call]) -> str:
 def products_needed(setup: Setup, start: Start | None) -> float:
     """Return how many products Lanczos takes for our Hessian's lambda_max, a median."""
     loss = Loss(OURS, setup, start=start)
-    matrix = loss.hessian()
+    matrix = loss.hessian().cpu()  # where Lanczos is
     return statistics.median(loss.top_of(matrix, seed).products for seed in range(STARTS))
 
 
