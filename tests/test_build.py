@@ -13,7 +13,7 @@ import pytest
 
 CLONE = Path(__file__).resolve().parent.parent
 CLEARED = (
-    *("RDARTS_CUDA", "RDARTS_CUDA_ARCHS", "RDARTS_CPU", "PYTHONPATH"),
+    *("RDARTS_CUDA", "RDARTS_CUDA_ARCHS", "RDARTS_CPU", "RDARTS_CPU_UNITS", "PYTHONPATH"),
     *("CUDACXX", "CUDAHOSTCXX", "CUDA_HOME", "CUDA_PATH"),
 )
 NOT_SOURCES = (".*", "build", "dist", "runs", "data", "*.egg-info", "*.so", "__pycache__")
@@ -93,7 +93,8 @@ def test_a_host_compiler_that_nvcc_refuses_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("RDARTS_CUDA", "yes"), ("RDARTS_CUDA_ARCHS", "80,sm_90")]
+    ("name", "value"),
+    [("RDARTS_CUDA", "yes"), ("RDARTS_CUDA_ARCHS", "80,sm_90"), ("RDARTS_CPU_UNITS", "avx2")],
 )
 def test_a_malformed_variable_is_an_error(tmp_path: Path, name: str, value: str) -> None:
     done = build(tmp_path, **{"CUDACXX": fake_nvcc(tmp_path, "exit 0"), name: value})

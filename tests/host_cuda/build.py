@@ -20,6 +20,7 @@ from rdarts_fast.csrc_hash import csrc_hash
 CLONE = Path(__file__).resolve().parents[2]
 CACHE = CLONE / "build" / "on_host"
 TARGET = "rdarts_on_host"
+PROGRAM = "rdarts_all_kernels_on_host"
 
 
 def built_library(clone: Path = CLONE, cache: Path = CACHE) -> Path:
@@ -37,6 +38,16 @@ def built_library(clone: Path = CLONE, cache: Path = CACHE) -> Path:
             library = _library(folder)
     assert library is not None
     return library
+
+
+def built_program(clone: Path = CLONE, cache: Path = CACHE) -> Path:
+    """Return the program of tests/all_kernels for the CPU, built beside the library. Raises as
+    built_library.
+    """
+    folder = built_library(clone, cache).parents[2]
+    with _locked(cache / "lock"):
+        _checked([_program("cmake"), "--build", str(folder), "--target", PROGRAM])
+    return folder / "tests" / "host_cuda" / PROGRAM
 
 
 def fingerprint(clone: Path) -> str:

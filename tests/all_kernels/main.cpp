@@ -1,0 +1,351 @@
+// Launches every CUDA kernel on small tensors, for tools that watch memory and races:
+//   compute-sanitizer --tool memcheck rdarts_all_kernels
+//   compute-sanitizer --tool racecheck rdarts_all_kernels
+// It knows no torch. What a launcher computes is tested elsewhere; here every output must be written
+// and finite. With the argument "planted" one buffer is too short, which memcheck has to find.
+#include <cstdio>
+#include <exception>
+#include <string>
+
+#include "launchers.h"
+#include "memory.h"
+
+namespace rdarts {
+namespace {
+
+using Shape = std::vector<int64_t>;
+
+constexpr int kInputs = 3, kEdges = 2, kSites = 2;
+constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16};
+const Place kPlace = {Unit::kBase, 1, 0, 0};
+
+// Of coefficients and weights beside tensors of a type.
+DType beside(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
+
+// One dtype, shape and layout.
+struct Case {
+  DType dtype;
+  Shape shape;  // [N, C, H, W]
+  Layout layout;
+  Memory memory = {};
+
+  int64_t samples() const { return shape[0]; }
+  int64_t channels() const { return shape[1]; }
+  double count() const { return static_cast<double>(shape[0] * shape[2] * shape[3]); }
+  Array in(const Shape& of) { return memory.tensor(dtype, of, layout, true); }
+  Array out(const Shape& of) { return memory.tensor(dtype, of, layout, false); }
+  void* coefficients(int64_t count) { return memory.numbers(beside(dtype), count); }
+  void* room(int64_t count) { return memory.take(count * bytes_of(beside(dtype))); }
+  void check_room(const char* name, const void* data, int64_t count) {
+    check_written(name, beside(dtype), data, count);
+  }
+  std::vector<Array> several(int count, const Shape& of, bool filled) {
+    std::vector<Array> found;
+    for (int k = 0; k < count; ++k) found.push_back(memory.tensor(dtype, of, layout, filled));
+    return found;
+  }
+};
+
+void finish(const char* name) { check(cudaDeviceSynchronize(), name); }
+
+Drawn drawn_of(Case& c) {
+  Drawn drawn = {};
+  drawn.count = kSites, drawn.start = {1, 2, 0, 0, 3, 0};
+  for (int j = 0; j < kSites; ++j) drawn.sites[j] = 5 + j;
+  drawn.weights = c.coefficients(kSites), drawn.factors = c.coefficients(kSites * c.samples());
+  return drawn;
+}
+
+void philox() {
+  for (const int64_t count : {int64_t{1}, int64_t{1026}}) {
+    Memory memory;
+    auto* const bits = static_cast<int64_t*>(memory.take(8 * count));
+    auto* const uniform = static_cast<float*>(memory.take(4 * count));
+    auto* const normal = static_cast<float*>(memory.take(4 * count));
+    const PhiloxStart start = {1, 2, 0, 7, 3, 0};
+    cuda::philox_bits(bits, count, start, kPlace);
+    cuda::philox_uniform(uniform, count, start, kPlace);
+    cuda::philox_normal(normal, count, start, kPlace);
+    finish("philox");
+    check_written("philox_uniform", DType::kFloat32, uniform, count);
+    check_written("philox_normal", DType::kFloat32, normal, count);
+  }
+}
+
+void sums(Case& c) {
+  const int64_t plane = kInputs * c.channels();
+  const std::vector<Array> z = c.several(kInputs, c.shape, true);
+  const Array g = c.in(c.shape), out = c.out(c.shape);
+  const void* const factors = c.coefficients(kInputs * c.samples());
+  NodeSum sum = {out, z.data(), kInputs, c.coefficients(plane), c.coefficients(plane), factors, {}};
+  sum.drawn = drawn_of(c);
+  cuda::node_sum(sum, kPlace);
+
+  const std::vector<Array> dz = c.several(kInputs, c.shape, false);
+  cuda::affine({g, z.data(), dz.data(), kInputs, c.coefficients(plane), c.coefficients(plane),
+                c.coefficients(plane), factors},
+               kPlace);
+
+  const int64_t workspace = cuda::workspace(c.shape.data(), kInputs, kSites);
+  auto* const pivot = static_cast<double*>(c.memory.numbers(DType::kFloat64, plane));
+  double *const own = c.memory.doubles(3 * plane), *const about = c.memory.doubles(2 * plane);
+  cuda::channel_sums({z.data(), kInputs, nullptr, own, c.memory.doubles(workspace)}, kPlace);
+  cuda::channel_sums({z.data(), kInputs, pivot, about, c.memory.doubles(workspace)}, kPlace);
+
+  double *const dq = c.memory.doubles(2 * plane), *const of_noise = c.memory.doubles(kSites);
+  cuda::node_sum_dq({g, z.data(), kInputs, pivot, factors, sum.drawn, dq, of_noise,
+                     c.memory.doubles(workspace)},
+                    kPlace);
+  finish("sums");
+  check_written("node_sum", out);
+  for (const Array& a : dz) check_written("affine", a);
+  check_written("channel_sums", DType::kFloat64, own, 3 * plane);
+  check_written("channel_sums", DType::kFloat64, about, 2 * plane);
+  check_written("node_sum_dq", DType::kFloat64, dq, 2 * plane);
+  check_written("node_sum_dq", DType::kFloat64, of_noise, kSites);
+}
+
+void norms(Case& c) {
+  const int64_t channels = c.channels(), plane = kInputs * channels;
+  const std::vector<Array> z = c.several(kInputs, c.shape, true);
+  const int64_t workspace = cuda::workspace(c.shape.data(), kInputs, 0);
+  double* const sums = c.memory.doubles(3 * plane);
+  cuda::channel_sums({z.data(), kInputs, nullptr, sums, c.memory.doubles(workspace)}, kPlace);
+  Normalization n = {};
+  n.dtype = c.dtype, n.inputs = kInputs, n.channels = channels, n.count = c.count();
+  n.eps = 1e-5, n.momentum = 0.1, n.training = true, n.normalised = 5;  // the second is not
+  for (int k = 0; k < kInputs; ++k) {
+    n.sums[k] = sums + k * channels, n.apart[k] = plane;
+    n.running_mean[k] = c.coefficients(channels);
+    n.running_var[k] = c.memory.numbers(beside(c.dtype), channels, 0.5, 1.5);
+  }
+  n.weights = c.coefficients(kInputs), n.mean = c.memory.doubles(plane);
+  n.rstd = c.memory.doubles(plane), n.scale = c.room(plane), n.shift = c.room(plane);
+  cuda::normalize(n, kPlace);
+
+  NormalizationBackward b = {};
+  b.dtype = c.dtype, b.inputs = kInputs, b.channels = channels, b.count = c.count();
+  b.training = true, b.normalised = 5, b.weights = n.weights, b.mean = n.mean, b.rstd = n.rstd;
+  b.sums = static_cast<double*>(c.memory.numbers(DType::kFloat64, 2 * plane));
+  b.dweights = c.memory.doubles(kInputs);
+  b.by_g = c.room(plane), b.by_z = c.room(plane), b.constant = c.room(plane);
+  cuda::normalize_backward(b, kPlace);
+  finish("norms");
+  for (const void* data : {n.scale, n.shift}) c.check_room("normalize", data, plane);
+  for (const double* data : {n.mean, n.rstd}) {
+    check_written("normalize", DType::kFloat64, data, plane);
+  }
+  for (const void* data : {b.by_g, b.by_z, b.constant}) {
+    c.check_room("normalize_backward", data, plane);
+  }
+  check_written("normalize_backward", DType::kFloat64, b.dweights, kInputs);
+}
+
+void cells(Case& c) {
+  const int64_t channels = c.channels(), plane = kInputs * channels;
+  Table table = {};
+  table.dtype = c.dtype, table.channels = channels, table.count = c.count(), table.training = true;
+  table.mean = static_cast<double*>(c.memory.numbers(DType::kFloat64, plane));
+  table.rstd = static_cast<double*>(c.memory.numbers(DType::kFloat64, plane, 0.5, 1.5));
+  table.by_g = c.room(plane), table.by_z = c.room(plane), table.constant = c.room(plane);
+  Terms terms = {};
+  terms.table = table, terms.inputs = kInputs, terms.normalised = 5;
+  for (int k = 0; k < kInputs; ++k) terms.row[k] = k, terms.weight[k] = kInputs - 1 - k;
+  terms.weights = c.coefficients(kInputs + kSites);
+  TermCoefficients forward = {terms, c.memory.doubles(plane), c.room(plane), c.room(plane)};
+  cuda::term_coefficients(forward, kPlace);
+
+  TermGradients back = {};
+  back.terms = terms;
+  back.sums = static_cast<double*>(c.memory.numbers(DType::kFloat64, 2 * plane));
+  back.drawn_sums = static_cast<double*>(c.memory.numbers(DType::kFloat64, kSites));
+  back.drawn = kSites, back.dweights = c.room(kInputs + kSites);
+  for (int j = 0; j < kSites; ++j) back.drawn_weight[j] = kInputs + j;
+  cuda::term_gradients(back, kPlace);
+  finish("term_gradients");
+  c.check_room("term_gradients", back.dweights, kInputs + kSites);
+
+  cuda::row_gradients({table, 0, kInputs, back.sums}, kPlace);
+  finish("cells");
+  check_written("term_coefficients", DType::kFloat64, forward.pivot, plane);
+  for (const void* data : {forward.scale, forward.shift}) {
+    c.check_room("term_coefficients", data, plane);
+  }
+  for (const void* data : {table.by_g, table.by_z, table.constant}) {
+    c.check_room("row_gradients", data, plane);
+  }
+}
+
+void pools(Case& c, int stride) {
+  const Shape small = {c.shape[0], c.shape[1], pooled(c.shape[2], stride),
+                       pooled(c.shape[3], stride)};
+  const int64_t plane = kPools * c.channels();
+  Pool pool = {c.in(c.shape), {c.out(small), c.out(small)},
+               c.memory.tensor(DType::kUInt8, small, c.layout, false), stride, nullptr, nullptr};
+  pool.sums = c.memory.doubles(3 * plane);
+  pool.workspace = c.memory.doubles(cuda::workspace(small.data(), kPools, 0));
+  cuda::pool(pool, kPlace);
+  Pool tangent = pool;
+  tangent.x = c.in(c.shape), tangent.out[0] = c.out(small), tangent.out[1] = c.out(small);
+  cuda::pool_tangent(tangent, kPlace);
+  const PoolAdjoint adjoint = {{c.in(small), c.in(small)}, pool.place, c.out(c.shape), stride};
+  cuda::pool_adjoint(adjoint, kPlace);
+  finish("pools");
+  for (const Array& a : {pool.out[0], pool.out[1], pool.place}) check_written("pool", a);
+  for (const Array& a : tangent.out) check_written("pool_tangent", a);
+  check_written("pool_adjoint", adjoint.dx);
+  check_written("pool", DType::kFloat64, pool.sums, 3 * plane);
+}
+
+// The map from the gradient of what z enters to z's own, of so many edges.
+GradientOfZ gradient_of(Case& c, const Array* g, const Array* z, int64_t out) {
+  return {g, z, c.coefficients(kEdges * out), c.coefficients(kEdges * out),
+          c.coefficients(kEdges * out), c.coefficients(kEdges * c.samples())};
+}
+
+void stages(Case& c, int kernel, int dilation, int stride) {
+  const int64_t in = c.channels(), out = in + 3, taps = kernel * kernel;
+  const Shape small = {c.shape[0], out, pooled(c.shape[2], stride), pooled(c.shape[3], stride)};
+  const std::vector<Array> x = c.several(kEdges, c.shape, true);
+  std::vector<const void*> depthwise, pointwise;
+  std::vector<void*> ddepthwise, dpointwise;
+  std::vector<Array> z, zs, g, dv;
+  for (int e = 0; e < kEdges; ++e) {
+    depthwise.push_back(c.coefficients(in * taps)), pointwise.push_back(c.coefficients(out * in));
+    ddepthwise.push_back(c.room(in * taps)), dpointwise.push_back(c.room(out * in));
+    z.push_back(c.memory.tensor(c.dtype, small, Layout::kInner, false));
+    zs.push_back(c.memory.tensor(c.dtype, small, Layout::kInner, true));
+    g.push_back(c.in(small));
+    dv.push_back(c.memory.tensor(c.dtype, c.shape, Layout::kInner, e == 1));  // that is added to
+  }
+  Stage stage = {};
+  stage.edges = kEdges, stage.kernel = kernel, stage.dilation = dilation, stage.stride = stride;
+  stage.x = x.data(), stage.scale = c.coefficients(kEdges * in);
+  stage.shift = c.coefficients(kEdges * in);
+  stage.depthwise = depthwise.data(), stage.pointwise = pointwise.data();
+  StageForward forward = {stage, z.data(), c.memory.doubles(3 * kEdges * out), nullptr};
+  forward.workspace = c.memory.doubles(cuda::stage_workspace(stage, small.data(), false));
+  cuda::sep_stage(forward, kPlace);
+
+  const uint8_t adds[kEdges] = {0, 1};
+  StageBackward back = {};
+  static_cast<GradientOfZ&>(back) = gradient_of(c, g.data(), zs.data(), out);
+  back.stage = stage, back.dv = dv.data(), back.adds = adds;
+  back.sums = c.memory.doubles(2 * kEdges * in);
+  back.ddepthwise = ddepthwise.data(), back.dpointwise = dpointwise.data();
+  back.workspace = c.memory.doubles(cuda::stage_workspace(stage, small.data(), true));
+  cuda::sep_stage_backward(back, kPlace);
+  finish("sep_stage");
+  for (int e = 0; e < kEdges; ++e) {
+    check_written("sep_stage", z[e]);
+    check_written("sep_stage_backward", dv[e]);
+    c.check_room("sep_stage_backward", ddepthwise[e], in * taps);
+    c.check_room("sep_stage_backward", dpointwise[e], out * in);
+  }
+  check_written("sep_stage", DType::kFloat64, forward.sums, 3 * kEdges * out);
+  check_written("sep_stage_backward", DType::kFloat64, back.sums, 2 * kEdges * in);
+}
+
+void mixings(Case& c, int halves, int stride) {
+  constexpr int sources = 2;
+  const int64_t in = c.channels(), out = in + 3;
+  const Shape small = {c.shape[0], out, pooled(c.shape[2], stride), pooled(c.shape[3], stride)};
+  const std::vector<Array> x = c.several(sources, c.shape, true);
+  Mixing mixing = {kEdges, sources, halves, stride, x.data(), c.coefficients(sources * in),
+                   c.coefficients(sources * in), nullptr};
+  std::vector<const void*> weights;
+  std::vector<void*> dweights;
+  std::vector<int64_t> sizes;
+  std::vector<Array> z, zs, g, dv;
+  for (int e = 0; e < kEdges; ++e) {
+    for (int half = 0; half < halves; ++half) {
+      sizes.push_back(channels_of_half(mixing, out, half) * sources * in);
+      weights.push_back(c.coefficients(sizes.back()));
+      dweights.push_back(c.room(sizes.back()));
+    }
+    z.push_back(c.memory.tensor(c.dtype, small, Layout::kInner, false));
+    zs.push_back(c.memory.tensor(c.dtype, small, Layout::kInner, true));
+    g.push_back(c.in(small));
+  }
+  for (int m = 0; m < sources; ++m) {
+    dv.push_back(c.memory.tensor(c.dtype, c.shape, Layout::kInner, m == 1));
+  }
+  mixing.weights = weights.data();
+  MixingForward forward = {mixing, z.data(), c.memory.doubles(3 * kEdges * out), nullptr};
+  forward.workspace = c.memory.doubles(cuda::mixing_workspace(mixing, small.data(), false));
+  cuda::mixing(forward, kPlace);
+
+  const uint8_t adds[sources] = {0, 1};
+  MixingBackward back = {};
+  static_cast<GradientOfZ&>(back) = gradient_of(c, g.data(), zs.data(), out);
+  back.mixing = mixing, back.dv = dv.data(), back.adds = adds, back.dweights = dweights.data();
+  back.workspace = c.memory.doubles(cuda::mixing_workspace(mixing, small.data(), true));
+  cuda::mixing_backward(back, kPlace);
+  finish("mixing");
+  for (const Array& a : z) check_written("mixing", a);
+  for (const Array& a : dv) check_written("mixing_backward", a);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    c.check_room("mixing_backward", dweights[i], sizes[i]);
+  }
+  check_written("mixing", DType::kFloat64, forward.sums, 3 * kEdges * out);
+}
+
+int launched = 0;
+
+template <typename Run>
+void with(DType dtype, const Shape& shape, Layout layout, const Run& run) {
+  Case c = {dtype, shape, layout};
+  run(c);
+  ++launched;
+}
+
+void all() {
+  philox();
+  for (const DType dtype : kTypes) {
+    for (const Layout layout : {Layout::kInner, Layout::kOuter}) {
+      // Vectors of whole lanes, then what fits no vector.
+      for (const Shape& shape : {Shape{2, 16, 6, 8}, Shape{3, 5, 5, 7}}) {
+        with(dtype, shape, layout, sums);
+        with(dtype, shape, layout, norms);
+        with(dtype, shape, layout, cells);
+        for (const int stride : {1, 2}) {
+          with(dtype, shape, layout, [&](Case& c) { pools(c, stride); });
+          with(dtype, shape, layout, [&](Case& c) { mixings(c, 1, stride); });
+        }
+        with(dtype, shape, layout, [&](Case& c) { mixings(c, 2, 2); });
+      }
+      for (const int kernel : {3, 5, 7}) {
+        with(dtype, {2, 5, 6, 7}, layout, [&](Case& c) { stages(c, kernel, 2, 1); });
+        with(dtype, {2, 5, 6, 7}, layout, [&](Case& c) { stages(c, kernel, 1, 2); });
+      }
+      with(dtype, {1, 16, 18, 17}, layout, [&](Case& c) { stages(c, 3, 1, 1); });  // several tiles
+    }
+  }
+}
+
+void planted() {
+  Memory memory;
+  constexpr int64_t count = 1024;
+  auto* const out = static_cast<float*>(memory.take(4 * count - 4));
+  cuda::philox_uniform(out, count, {1, 2, 0, 7, 3, 0}, kPlace);
+  finish("planted");
+}
+
+}  // namespace
+}  // namespace rdarts
+
+int main(int count, char** words) {
+  try {
+    if (count > 1 && std::string(words[1]) == "planted") {
+      rdarts::planted();
+      std::printf("planted: nobody noticed\n");
+      return 0;
+    }
+    rdarts::all();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "error: %s\n", error.what());
+    return 1;
+  }
+  std::printf("%d cases: every output written\n", rdarts::launched);
+  return 0;
+}
