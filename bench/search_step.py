@@ -16,7 +16,7 @@ import functools
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -74,13 +74,14 @@ def compare(setup: Setup, parsed: argparse.Namespace) -> Iterator[Row]:
     in_process = [name for name in parsed.baselines if name != "compile"]
     if parsed.counts and in_process:
         yield counts_row(setup, in_process[0])
-    ours_peaks = {case: _peak(OURS, setup, case) for case in parsed.cases}
+    peak = _peak if parsed.memory else _no_peak
+    ours_peaks = {case: peak(OURS, setup, case) for case in parsed.cases}
     for case in parsed.cases if in_process else ():
         # A contender of its own for each case: an optimiser's state is part of its memory.
         calls = [prepare(name, setup, case) for name in (OURS, *in_process)]
         ours, *theirs = in_turn(calls, torch.device(setup.device), seconds=parsed.seconds)
         for name, times in zip(in_process, theirs, strict=True):
-            peaks = ours_peaks[case], _peak(name, setup, case)
+            peaks = ours_peaks[case], peak(name, setup, case)
             yield _row(setup, case, name, ours, times, peaks)
     if "compile" in parsed.baselines:
         yield from _compare_compiled(setup, parsed, ours_peaks)
@@ -106,8 +107,12 @@ def _peak(name: str, setup: Setup, case: str) -> float:
     return peak_mb(functools.partial(prepare, name, setup, case), setup.device)
 
 
+def _no_peak(name: str, setup: Setup, case: str) -> None:
+    """In place of _peak where it is not wanted."""
+
+
 def _compare_compiled(
-    setup: Setup, parsed: argparse.Namespace, ours_peaks: dict[str, float]
+    setup: Setup, parsed: argparse.Namespace, ours_peaks: Mapping[str, float | None]
 ) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as cache:  # empty: nothing is compiled yet
         arguments = (setup, parsed.cases, parsed.seconds, cache)
@@ -198,6 +203,12 @@ def _parse() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="count kernels and torch operations",
+    )
+    parser.add_argument(
+        "--memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure peak memory, a process for each case and contender",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line, not a table")
     add_sizes(parser)
