@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from rdarts_fast.config import RetrainConfig, SearchConfig, to_json
+from rdarts_fast import metrics
+from rdarts_fast.config import RetrainConfig, RunConfig, SearchConfig, to_json
+from rdarts_fast.config_sources import KINDS
 from rdarts_fast.genotype import discretize
 from rdarts_fast.run_dir import GENOTYPE, METRICS, RESULT, SPACE
-from rdarts_fast.spaces import SPACES
+from rdarts_fast.spaces import SPACES, spaces_of
 
 ENVIRONMENT = {"rdarts_fast": "0.1.0", "torch": "2.9.0", "device": "cpu"}
 
@@ -32,10 +35,14 @@ def plant_search(
 ) -> Path:
     """Write a finished search of `epochs` epochs.
 
-    lambdas: epoch -> lambda_max. records: epoch -> more entries of its record. result: more entries
-    of result.json.
+    task: as a setting; the space is then the task's first. lambdas: epoch -> lambda_max. records:
+    epoch -> more entries of its record. result: more entries of result.json.
     """
-    config = replace(SearchConfig(space="s2", epochs=epochs, out=folder), **settings)
+    task = settings.get("task", "classification")
+    name = metrics.metric_of(task).name
+    usual = {"task": task, "space": spaces_of(task)[0], "epochs": epochs, "out": folder}
+    usual |= {"space": "s2"} if task == "classification" else {}
+    config = replace(_kind_for(SearchConfig, task)(), **(usual | settings))
     space = SPACES[config.space]
     generator = torch.Generator().manual_seed(config.seed)
     lines = []
@@ -47,9 +54,9 @@ def plant_search(
             "epoch": epoch,
             "branch": 0,
             "train_loss": 2.0 / (1 + epoch),
-            "train_accuracy": 1.0 - 0.9 / (1 + epoch),
+            f"train_{name}": 1.0 - 0.9 / (1 + epoch) if task == "classification" else 2.0,
             "valid_loss": 2.2 / (1 + epoch),
-            "valid_accuracy": accuracy_at(epoch),
+            f"valid_{name}": SCORES[task](epoch),
             "alphas": {kind: alpha.tolist() for kind, alpha in alphas.items()},
             "genotype": discretize(space, alphas).to_dict(),
             "seconds": 1.5,
@@ -66,7 +73,7 @@ def plant_search(
     write(folder / GENOTYPE, lines[-1]["genotype"])
     write_metrics(folder, lines)
     if ended:
-        done = {"valid_accuracy": lines[-1]["valid_accuracy"], "seconds": 1.5 * epochs}
+        done = {f"valid_{name}": lines[-1][f"valid_{name}"], "seconds": 1.5 * epochs}
         write(folder / RESULT, done | dict(result or {}))
     return folder
 
@@ -74,18 +81,21 @@ def plant_search(
 def plant_retraining(
     folder: Path,
     source: Path,
-    error: float,
+    cost: float,
     epochs: int = 2,
     *,
     ended: bool = True,
     **settings: Any,
 ) -> Path:
-    """Write a finished retraining of what `source` found, with this error after the last epoch."""
-    named = {"source": str(source), "data": "digits", "out": folder, "epochs": epochs}
-    config = replace(RetrainConfig(), **(named | settings))
-    on = "valid" if config.holdout else "test"
+    """Write a finished retraining of what `source` found, with this cost after the last epoch."""
+    searched = json.loads((source / "config.json").read_text())
+    task = searched.get("task", "classification")
+    named = {"source": str(source), "task": task, "data": "digits", "out": folder, "epochs": epochs}
+    named |= {} if task == "classification" else {"data": searched["data"]}
+    config = replace(_kind_for(RetrainConfig, task)(), **(named | settings))
+    on = f"{'valid' if config.holdout else 'test'}_{metrics.metric_of(task).cost}"
     lines = [
-        {"epoch": e, "train_loss": 1.0 / (1 + e), f"{on}_error": error + 0.1 * (epochs - 1 - e)}
+        {"epoch": e, "train_loss": 1.0 / (1 + e), on: cost + 0.1 * (epochs - 1 - e)}
         for e in range(epochs)
     ]
     folder.mkdir(parents=True)
@@ -95,7 +105,7 @@ def plant_retraining(
     write(folder / GENOTYPE, genotypes[int(config.genotypes_at or -1)])
     write_metrics(folder, lines)
     if ended:
-        result = {f"{on}_error": error, f"best_{on}_error": error, "seconds": 3.25}
+        result = {on: cost, f"best_{on}": cost, "seconds": 3.25}
         write(folder / RESULT, result)
     return folder
 
@@ -103,6 +113,33 @@ def plant_retraining(
 def accuracy_at(epoch: int) -> float:
     """Return the validation accuracy that a planted search has at an epoch."""
     return 1.0 - 0.8 / (1 + epoch) ** 0.5
+
+
+# The validation score that a planted search has at an epoch, by task.
+SCORES = {
+    "classification": accuracy_at,
+    "language": lambda epoch: 80.0 + 900.0 / (1 + epoch) ** 2,
+    "disparity": lambda epoch: 2.0 + 6.0 / (1 + epoch),
+}
+
+
+def _kind_for(kind: type[RunConfig], task: str) -> Any:
+    """Return the settings of a task's runs, those of classification's where it has none here."""
+    return KINDS.get(task, KINDS["classification"])[kind]
+
+
+def plant_maps(folder: Path, height: int = 40, width: int = 30) -> dict[str, np.ndarray]:
+    """Write maps.npz into a run's folder; a tenth of the true disparities is unknown, and where it
+    is known the prediction is one pixel too large, or five in the lower half.
+    """
+    y, x = np.mgrid[:height, :width]
+    truth = (5.0 + y / height * 20.0 + (x > width / 2) * 10.0).astype(np.float32)
+    prediction = truth + np.where(y < height / 2, 1.0, 5.0).astype(np.float32)
+    truth[:, : width // 10] = np.where(y[:, : width // 10] % 2, np.inf, np.nan)
+    left = np.stack([7 * x, 6 * y, x + y], axis=-1).astype(np.uint8)
+    maps = {"left": left, "truth": truth, "prediction": prediction}
+    np.savez(folder / "maps.npz", **maps)
+    return maps
 
 
 def write(path: Path, value: Any) -> None:

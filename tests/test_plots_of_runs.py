@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -12,16 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from rdarts_fast.errors import UserError
 from rdarts_fast.plots import (
     Panel,
+    Score,
     Weights,
     curves,
+    maps,
     panels,
     save_course,
+    save_maps,
     save_panels,
     save_strip,
     save_weights,
@@ -165,6 +170,123 @@ def test_a_course_has_gaps_and_faint_abandoned_epochs(monkeypatch) -> None:
     assert list(accuracy.lines[3].get_ydata()) == [0.5, 0.6, 0.7]
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["training", "validation"]
     assert all(float(tick).is_integer() for tick in loss.get_xticks())
+
+
+@pytest.mark.parametrize(
+    ("score", "values", "scale"),
+    [
+        (Score("perplexity", "perplexity", log=True), [880.0, 300.0, 90.0], "log"),
+        (Score("perplexity", "perplexity", log=True), [120.0, 110.0, 90.0], "linear"),
+        (Score("perplexity", "perplexity", log=True), [900.0, 0.0, 90.0], "linear"),
+        (Score("epe", "EPE", "px"), [900.0, 300.0, 90.0], "linear"),
+    ],
+)
+def test_a_score_that_grows_by_factors_has_an_axis_that_does(
+    monkeypatch, score: Score, values: list[float], scale: str
+) -> None:
+    history = [{"epoch": i, f"valid_{score.name}": value} for i, value in enumerate(values)]
+    figure = figure_of(monkeypatch, curves, save_course, history, [], score)
+    loss, other = figure.axes
+    assert (loss.get_yscale(), other.get_yscale()) == ("linear", scale)
+    assert list(other.lines[1].get_ydata()) == values
+    assert other.get_title() == ("EPE, px" if score.unit else "perplexity")
+    figure.draw_without_rendering()
+    if scale == "log":
+        low, high = other.get_ylim()
+        shown = [t.get_text() for t in other.get_yticklabels()]
+        at = [text for text, y in zip(shown, other.get_yticks(), strict=True) if low < y < high]
+        assert at == ["100", "200", "500"]
+        assert not any(t.get_text() for t in other.get_yticklabels(minor=True))
+
+
+# Disparities
+
+
+def scene(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """An input, true disparities from 10 to 20 of which some are unknown, and predictions."""
+    left = np.arange(height * width * 3, dtype=np.uint64).reshape(height, width, 3) % 251
+    truth = np.linspace(10, 20, height * width, dtype=np.float32).reshape(height, width)
+    prediction = truth + np.float32(0.5)
+    prediction[-1, -1] = 26.0
+    truth[0, 1], truth[1, 0] = np.inf, np.nan
+    return left.astype(np.uint8), truth, prediction
+
+
+@pytest.mark.parametrize(("height", "width", "rows"), [(12, 10, 1), (8, 30, 2)])
+def test_maps_have_one_scale_and_grey_where_nothing_is_known(
+    monkeypatch, height: int, width: int, rows: int
+) -> None:
+    left, truth, prediction = scene(height, width)
+    figure = figure_of(monkeypatch, maps, save_maps, left, truth, prediction)
+    axes = {ax.get_title(): ax for ax in figure.axes if ax.get_title()}
+    assert list(axes) == ["input", "disparity", "prediction", "absolute error"]
+    shown = {name: ax.images[0] for name, ax in axes.items()}
+    assert (np.asarray(shown["input"].get_array()) == left).all()
+    scales = [shown[name].get_clim() for name in ("disparity", "prediction")]
+    assert scales[0] == scales[1] == (10.0, pytest.approx(20.0))
+    error = shown["absolute error"]
+    assert error.get_clim()[0] == 0.0 and 0.5 <= error.get_clim()[1] < 6.0
+    unknown = ~np.isfinite(truth)
+    for name in ("disparity", "absolute error"):
+        assert (np.ma.getmaskarray(shown[name].get_array()) == unknown).all()
+        pixels = shown[name].to_rgba(shown[name].get_array(), bytes=True)
+        assert (pixels[unknown] == (0x9A, 0x9F, 0xA6, 255)).all()
+        assert not (pixels[~unknown] == (0x9A, 0x9F, 0xA6, 255)).all(axis=-1).any()
+    assert not np.ma.getmaskarray(shown["prediction"].get_array()).any()
+    np.testing.assert_allclose(error.get_array()[~unknown][:-1], 0.5, atol=1e-5)
+    labels = [ax.get_ylabel() for ax in figure.axes if not ax.get_title()]
+    assert labels == ["px", "px"]
+    tops = {round(ax.get_position().y0, 3) for ax in axes.values()}
+    assert len(tops) == rows
+    for ax in axes.values():  # a pixel is as wide as high
+        box = ax.get_window_extent()
+        assert box.width / box.height == pytest.approx(width / height)
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 10), (8, 30), (40, 8), (30, 40)])
+def test_nothing_in_a_picture_of_maps_overlaps(monkeypatch, height: int, width: int) -> None:
+    figure = figure_of(monkeypatch, maps, save_maps, *scene(height, width))
+    FigureCanvasAgg(figure).draw()
+    boxes = [ax.get_tightbbox() for ax in figure.axes]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.padded(-1.0).overlaps(other)
+    for box in boxes:
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+
+
+def test_maps_are_drawn_where_little_is_known(tmp_path) -> None:
+    left, truth, prediction = scene(6, 8)
+    none, flat = np.full_like(truth, np.nan), np.full_like(truth, 3.0)
+    for one, other in ((none, prediction), (truth, none), (truth, truth), (flat, truth)):
+        save_maps(tmp_path / "m.svg", left, one, other)
+        found = texts_of(tmp_path / "m.svg")
+        assert {"input", "disparity", "prediction", "absolute error", "px"} <= set(found)
+    for suffix in ("svg", "png"):
+        pictures = []
+        for name in ("a", "b"):
+            save_maps(tmp_path / f"{name}.{suffix}", left, truth, prediction)
+            pictures.append((tmp_path / f"{name}.{suffix}").read_bytes())
+        assert pictures[0] == pictures[1]
+
+
+def test_maps_that_do_not_fit_are_refused(tmp_path) -> None:
+    left, truth, prediction = scene(6, 8)
+    none = np.full_like(truth, np.inf)
+    for one, two, three in (
+        (left[:-1], truth, prediction),
+        (left[..., 0], truth, prediction),
+        (left.astype(np.float32), truth, prediction),
+        (left, truth.T, prediction),
+        (left[:0], truth[:0], prediction[:0]),
+    ):
+        with pytest.raises(ValueError, match=r"expected uint8 \[H, W, 3\]"):
+            save_maps(tmp_path / "m.png", one, two, three)
+    with pytest.raises(ValueError, match="expected a known disparity"):
+        save_maps(tmp_path / "m.png", left, none, none)
+    with pytest.raises(UserError, match=r"ends with \.svg or \.png"):
+        save_maps(tmp_path / "m.jpg", left, truth, prediction)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Panels over runs

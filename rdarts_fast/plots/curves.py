@@ -151,6 +151,7 @@ def save_course(
         whole_numbers(ax)
         if what.log and _is_wide(found):
             _by_factors(ax)
+            figure.subplots_adjust(wspace=0.15)  # its numbers may have six digits
     figure.axes[0].legend(frameon=False)
     save(figure, path)
 

@@ -63,8 +63,7 @@ def _check(left: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> None:
 def _show(ax: Axes, values: np.ma.MaskedArray, low: float, high: float, colors: str) -> AxesImage:
     from matplotlib import colormaps
 
-    scale = colormaps[colors].copy()
-    scale.set_bad(_UNKNOWN)
+    scale = colormaps[colors].with_extremes(bad=_UNKNOWN)
     high = max(high, low + 1e-6)
     # Nearest: no values between a known and an unknown pixel, or across an edge of the scene.
     look = {"cmap": scale, "vmin": low, "vmax": high, "interpolation": "nearest"}

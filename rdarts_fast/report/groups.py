@@ -168,20 +168,20 @@ def to_csv(groups: Sequence[Group]) -> str:
     digits, shares in [0, 1]; empty where there is none. Each metric has columns of its own.
     """
     head = ["space", "data", "method", "weight_decay", "drop_path_prob", "searches"]
-    for found in tables_of(groups).values():
-        names = [f"{name}_{part}" for name in _numbers_of(found[0]) for part in _PARTS]
+    for table in tables_of(groups).values():
+        names = [f"{name}_{part}" for name in _numbers_of(table[0]) for part in _PARTS]
         head += [name for name in names if name not in head]
     text = io.StringIO()
     writer = csv.DictWriter(text, head, restval="", lineterminator="\n")
     writer.writeheader()
     for group in groups:
         names = [harmless(text) for text in (group.space, group.data, group.method)]
-        cells = [*names, group.weight_decay, group.drop_path_prob, group.searches]
+        cells: list[object] = [*names, group.weight_decay, group.drop_path_prob, group.searches]
         line = dict(zip(head, cells, strict=False))
-        for name, average in zip(_numbers_of(group), _averages(group), strict=True):
-            parts = ("", "", 0)
-            if average is not None:
-                parts = (average.mean, average.deviation, average.count)
+        for name, found in zip(_numbers_of(group), _averages(group), strict=True):
+            parts: list[object] = ["", "", 0]
+            if found is not None:
+                parts = [found.mean, found.deviation, found.count]
             line |= {f"{name}_{part}": value for part, value in zip(_PARTS, parts, strict=True)}
         writer.writerow({name: "" if cell is None else cell for name, cell in line.items()})
     return text.getvalue()

@@ -24,7 +24,7 @@ _Series = dict[str, list[list[tuple[float, float]]]]
 
 
 def figures(rows: Sequence[Row], pictures: Pictures) -> list[Html]:
-    """Return the cards of all figures that these runs, of one task, have the data for."""
+    """Return the cards of all figures that these runs, which have one metric, have the data for."""
     searches = [row for row in rows if row.found.kind == "search"]
     return [
         *_by_level(searches, pictures, "weight_decay", "weight decay"),

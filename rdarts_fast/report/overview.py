@@ -8,14 +8,16 @@ from rdarts_fast.plots import sparkline
 from rdarts_fast.report.many import correlations
 from rdarts_fast.report.markup import Html, Piece, bullets, join, paragraphs, table, tag
 from rdarts_fast.report.numbers import LEAST, NOTHING, Scale, decimal, plain, seconds
-from rdarts_fast.report.reading import Unread
+from rdarts_fast.report.reading import Unread, printable
 from rdarts_fast.report.rows import Row, by_task
 
 _NUMBERS = (
     *("lambda_max, last", "lambda_max, mean", "stop epoch", "rollbacks"),
     *("space", "data", "seed", "weight decay", "drop path", "epochs", "seconds"),
 )
-_TEXT = ("run", "kind", "state", "over the epochs", "space", "data")  # columns to the left
+_FURTHER = "also"
+# Columns to the left.
+_TEXT = ("run", "kind", "state", "over the epochs", _FURTHER, "space", "data")
 _MOST_NOTES = 20
 _STATES = {"ended": "", "still going": "going", "not finished": "unfinished"}
 
@@ -146,7 +148,7 @@ def _table(rows: Sequence[Row], parts: Mapping[str, int]) -> Html:
         scale.titled(scale.test),
         scale.titled(f"{scale.valid}, short training"),
         scale.titled(f"supernet's {scale.supernet}"),
-        *_NUMBERS,
+        *(_FURTHER, *_NUMBERS),
     )
     lines = [_cells(row, parts) for row in rows]
     used = [
@@ -191,6 +193,7 @@ def _cells(row: Row, parts: Mapping[str, int]) -> list[Piece]:
     return [
         *(name, kind, state, curve),
         *(scale.text(value) for value in (row.test_cost, row.valid_cost, row.supernet_score)),
+        ", ".join(f"{printable(name)} {value:.3g}" for name, value in row.further.items()),
         *(decimal(row.lambda_last), decimal(row.lambda_mean)),
         *(plain(row.stop_epoch), plain(row.rollbacks)),
         *(row.space or NOTHING, row.data or NOTHING),

@@ -20,8 +20,9 @@ State = Literal["ended", "still going", "not finished"]
 _HOLDER = re.compile(r"process (\d+) on (.*)")
 _MOST_NOTES = 4  # of one run
 _SCORES = {"loss", *(name for metric in SCORES.values() for name in (metric.name, metric.cost))}
+PARTS = ("train", "valid", "test")
 _NUMBERS = (
-    *(f"{part}_{name}" for part in ("train", "valid", "test") for name in sorted(_SCORES)),
+    *(f"{part}_{name}" for part in PARTS for name in sorted(_SCORES)),
     *("lambda_max", "regret", "seconds"),
 )
 
@@ -94,6 +95,20 @@ def is_number(value: object) -> TypeGuard[float]:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < 1e300  # of a NaN it is not
+
+
+def further(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the measures of a record beside loss, score and cost: of the test data where it has
+    them, else of the validation data; by name.
+    """
+    for part in ("test_", "valid_"):
+        names = [name.removeprefix(part) for name in record if name.startswith(part)]
+        found = {
+            n: v for n in names if n not in _SCORES and (v := number(record, part + n)) is not None
+        }
+        if found:
+            return found
+    return {}
 
 
 def whole_number(values: Mapping[str, Any], name: str) -> int | None:

@@ -13,7 +13,7 @@ from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype
 from rdarts_fast.metrics import METRICS, Metric, metric_of, task_of
 from rdarts_fast.report.numbers import Scale
-from rdarts_fast.report.reading import Found, number, printable, whole_number
+from rdarts_fast.report.reading import Found, further, number, printable, whole_number
 from rdarts_fast.run_dir import CONFIG, SPACE
 from rdarts_fast.spaces import Space, load_space
 
@@ -46,6 +46,7 @@ class Row:
     rollbacks: int | None = None
     valid_cost: float | None = None
     test_cost: float | None = None
+    further: dict[str, float] = field(default_factory=dict)  # measures after the last epoch
     at_epoch: int | None = None  # a retraining of an epoch's genotype
     source: Row | None = None
     retrainings: list[Row] = field(default_factory=list)
@@ -224,6 +225,7 @@ def _row(found: Found) -> Row:
         weight_decay=number(config, "weight_decay"),
         drop_path_prob=number(config, "drop_path_prob"),
         seconds=took,
+        further=further(history[-1]) if history else {},
         notes=list(found.notes),
     )
 
