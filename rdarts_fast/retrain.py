@@ -430,10 +430,17 @@ def finish(settings: RetrainConfig, task: Task, state: RetrainState, run: RunDir
     if on == "test" and f"valid_{metric.cost}" in metrics[-1]:  # what choosing by it would report
         best_valid = min(metrics, key=lambda record: record[f"valid_{metric.cost}"])
         result[f"test_{metric.cost}_at_best_valid"] = best_valid[f"test_{metric.cost}"]
+    baselines = task.baselines(holdout=settings.holdout)
+    if baselines:
+        result["baselines"] = baselines
+    for file, data in task.artifacts(state.network).items():
+        run.write_bytes(file, data)
     run.write_json(RESULT, result)
     best = f"(best epoch: {metric.text(state.best_cost)})"
     name = "validation" if settings.holdout else "test"
     print(f"\n{name} {metric.cost} after the last epoch: {metric.text(last)} {best}")
+    for what, cost in baselines.items():
+        print(f"for comparison, the {what}: {metric.text(cost)}")
     print(f"run folder: {run.folder}", flush=True)
 
 

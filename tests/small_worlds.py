@@ -28,19 +28,23 @@ def write_text(folder: Path) -> Path:
 
 
 def write_pairs(folder: Path) -> Path:
-    """Write pairs of random texture, the right view shifted by a whole number of pixels."""
+    """Write pairs of random texture, the right view shifted by whole pixels: the lower half by two
+    more than the upper.
+    """
     random = np.random.default_rng(0)
     for part, count in (("train", 4), ("test", 1)):
         for i in range(count):
-            shift = SHIFTS[i]
-            wide = random.integers(0, 255, (HEIGHT, WIDTH + shift, 3), dtype=np.uint8)
-            disparity = np.full((HEIGHT, WIDTH), float(shift), dtype=np.float32)
-            disparity[:, :shift] = np.inf  # of the left view, what the right one does not show
-            for name, view in (("left", wide[:, :WIDTH]), ("right", wide[:, shift:])):
+            wide = random.integers(0, 255, (HEIGHT, 2 * WIDTH, 3), dtype=np.uint8)
+            right, disparity = np.empty((HEIGHT, WIDTH, 3), np.uint8), np.empty((HEIGHT, WIDTH))
+            for y in range(HEIGHT):
+                shift = SHIFTS[i] + 2 * (y >= HEIGHT // 2)
+                right[y], disparity[y] = wide[y, shift : shift + WIDTH], shift
+                disparity[y, :shift] = np.inf  # what the right view does not show
+            for name, view in (("left", wide[:, :WIDTH]), ("right", right)):
                 (folder / part / name).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(view).save(folder / part / name / f"{i}.png")
             (folder / part / "disparity").mkdir(parents=True, exist_ok=True)
-            np.save(folder / part / "disparity" / f"{i}.npy", disparity)
+            np.save(folder / part / "disparity" / f"{i}.npy", disparity.astype(np.float32))
     return folder
 
 

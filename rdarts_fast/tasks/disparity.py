@@ -6,10 +6,12 @@ where they are unknown. An item is a pixel whose disparity is known.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -147,6 +149,33 @@ class Disparity(Task):
             weight_decay=config.weight_decay,
             foreach=True,
         )
+
+    def baselines(self, *, holdout: bool) -> dict[str, float]:
+        """Return the EPE of the best constant, the median of the very disparities it is tested
+        on.
+        """
+        rows = self.pairs.halves[1].tolist() if holdout else range(len(self.pairs.test))
+        known = [self.pairs.read("train" if holdout else "test", i).disparity for i in rows]
+        values = torch.cat([disparity[disparity.isfinite()] for disparity in known])
+        return {"best constant": float((values - values.median()).abs().double().mean())}
+
+    @torch.no_grad()
+    def artifacts(self, network: nn.Module) -> dict[str, bytes]:
+        """Return maps.npz: the first test pair's left view [H, W, 3], its disparity and the
+        prediction [H, W], which the report draws.
+        """
+        network.eval()
+        views, target = self.test_batch(torch.tensor([0]))
+        found = Disparities(*network(views, Draws(0)))
+        network.train()
+        file = io.BytesIO()
+        np.savez_compressed(
+            file,
+            left=self.pairs.read("test", 0).left.permute(1, 2, 0).numpy(),
+            truth=target[0].cpu().numpy(),
+            prediction=found.final[0].cpu().numpy(),
+        )
+        return {"maps.npz": file.getvalue()}
 
     # Batches
 

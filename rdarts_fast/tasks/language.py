@@ -201,6 +201,11 @@ class Language(Task):
             "averaging": optimizer.averaging,
         }
 
+    def baselines(self, *, holdout: bool) -> dict[str, float]:
+        """Return the perplexity of the training text's word counts."""
+        found = self.corpus.unigram_perplexity("valid" if holdout else "test")
+        return {"unigram model": found}
+
     def rate_scale(self, rows: Tensor) -> float:
         """Return a window's length, in windows of `bptt` words."""
         return len(rows) / self.words.bptt

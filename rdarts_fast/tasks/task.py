@@ -181,6 +181,18 @@ class Task(ABC):
         """Give the network the weights that it is tested with, inside."""
         yield
 
+    # What is left at the end of a retraining
+
+    def baselines(self, *, holdout: bool) -> dict[str, float]:
+        """Return the test cost, with `holdout` that on the held-out data, of what a network should
+        beat, by a name in words.
+        """
+        return {}
+
+    def artifacts(self, network: nn.Module) -> dict[str, bytes]:
+        """Return files that show what a trained network does, by name."""
+        return {}
+
     def rate_scale(self, rows: Tensor) -> float:
         """Return what a batch's learning rate is multiplied by."""
         return 1.0
