@@ -66,10 +66,11 @@ T* checked(std::uintptr_t out, int64_t count, const Counter& counter) {
 // Calls the launchers of a Philox function on the side and the unit that `place` names.
 #define RDARTS_PHILOX(NAME, TYPE)                                                               \
   void NAME##_at(std::uintptr_t out, int64_t count, uint64_t seed, const Counter& counter,      \
-                 const Place& place) {                                                          \
+                 const Place& place, std::uintptr_t clock) {                                    \
     TYPE* const numbers = checked<TYPE>(out, count, counter);                                   \
     const PhiloxStart start = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),  \
-                               counter[0], counter[1], counter[2], counter[3]};                 \
+                               counter[0], counter[1], counter[2], counter[3],                  \
+                               pointer<const uint32_t>(clock)};                                 \
     if (place.device >= 0) {                                                                    \
       if constexpr (kCuda) cuda::NAME(numbers, count, start, place);                            \
       return;                                                                                   \
@@ -122,7 +123,8 @@ PYBIND11_MODULE(_rdarts_fast, module) {
 
   const auto define = [&](const char* name, auto function, const char* text) {
     module.def(name, function, text, py::arg("out"), py::arg("count"), py::arg("seed"),
-               py::arg("counter"), py::arg("place"), py::call_guard<py::gil_scoped_release>());
+               py::arg("counter"), py::arg("place"), py::arg("clock") = 0,
+               py::call_guard<py::gil_scoped_release>());
   };
   define("philox_bits", &philox_bits_at, "Fill int64 [count] with words of 32 bits.");
   define("philox_uniform", &philox_uniform_at, "Fill float32 [count], uniform in [0, 1).");

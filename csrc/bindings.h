@@ -73,20 +73,22 @@ inline std::vector<Array> arrays_of(int dtype, const Shape& shape, const Numbers
 
 using Seeds = std::optional<std::vector<uint64_t>>;
 
-// seed, step, branch and pass, addresses of weights, factors and kept numbers, then the sites.
+// seed, step, branch and pass, addresses of the clock, weights, factors and kept numbers, then the
+// sites.
 inline Drawn drawn_of(const Seeds& noise) {
   Drawn drawn = {};
   if (!noise) return drawn;
   const std::vector<uint64_t>& n = *noise;
-  constexpr size_t first = 6;  // of the sites
+  constexpr size_t first = 7;  // of the sites
   if (n.size() < first || n.size() > first + kMostInputs) {
-    throw std::invalid_argument("noise: expected 6 numbers and at most 64 sites");
+    throw std::invalid_argument("noise: expected 7 numbers and at most 64 sites");
   }
   drawn.start = {static_cast<uint32_t>(n[0]), static_cast<uint32_t>(n[0] >> 32), 0, 0,
-                 static_cast<uint32_t>(n[1]), static_cast<uint32_t>(n[2])};
-  drawn.weights = pointer(n[3]);
-  drawn.factors = pointer(n[4]);
-  drawn.kept = pointer<float>(n[5]);
+                 static_cast<uint32_t>(n[1]), static_cast<uint32_t>(n[2]),
+                 pointer<const uint32_t>(n[3])};
+  drawn.weights = pointer(n[4]);
+  drawn.factors = pointer(n[5]);
+  drawn.kept = pointer<float>(n[6]);
   drawn.count = static_cast<int>(n.size() - first);
   for (int j = 0; j < drawn.count; ++j) drawn.sites[j] = static_cast<uint32_t>(n[first + j]);
   return drawn;

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from rdarts_fast import native
 
-Twin = Callable[[int, Sequence[int], int, torch.device], Tensor]
+Twin = Callable[[int, "Sequence[int | Tensor]", int, torch.device], Tensor]
 
 # Ranges of sites, in one table so that no two users draw the same numbers. A site of the
 # validation batch's augmentation is the training batch's + SITE_STREAM_VALIDATION.
@@ -85,7 +85,8 @@ class Draws:
     a step. `seed` lies in [0, 2**64), `step` and every `site` in [0, 2**32), `branch` and
     `pass_index` in [0, 2**16); anything else raises ValueError. `part` is (first, whole) where only
     the samples from `first` on of a batch of `whole` are drawn for: they get the numbers that they
-    have in the whole batch.
+    have in the whole batch. `clock` (new_clock, set_clock) adds its step and branch as they are
+    when the numbers are drawn: a recorded launch that is replayed draws by it.
     """
 
     seed: int
@@ -93,6 +94,7 @@ class Draws:
     step: int = 0
     pass_index: int = 0
     part: tuple[int, int] | None = None
+    clock: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_range("seed", self.seed, 64)
@@ -159,19 +161,40 @@ class Draws:
         if not 0 <= count <= _LARGEST_COUNT:
             raise ValueError(f"a draw holds 0 to 2**34 numbers, found {count}")
         counter = (0, site, self.step, self.branch << 16 | self.pass_index)
+        if self.clock is not None and self.clock.device != where:
+            raise ValueError(f"clock: expected one on {where}, found {self.clock.device}")
         if native.runs_on(where):
             out = torch.empty(tuple(shape), dtype=dtype, device=where)
-            return native.filled(fill, out, self.seed, counter)
-        return twin(self.seed, counter, count, where).view(tuple(shape))
+            return native.filled(fill, out, self.seed, counter, self.clock)
+        words: list[int | Tensor] = list(counter)
+        if self.clock is not None:
+            step, stream = self.clock.long()
+            words[2:] = [counter[2] + step & _MASK, counter[3] + stream & _MASK]
+        return twin(self.seed, words, count, where).view(tuple(shape))
 
 
-def philox_twin(seed: int, counter: Sequence[int], count: int, device: torch.device) -> Tensor:
+def new_clock(device: torch.device | str) -> Tensor:
+    """Return a clock at step 0 of branch 0: int32 [2], a step and branch << 16, whose bits are
+    those of words without a sign.
+    """
+    return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+def set_clock(clock: Tensor, step: int, branch: int) -> None:
+    """Set a clock; ranges as in Draws."""
+    for i, word in enumerate((step, branch << 16)):
+        clock[i].fill_(word - (word >> 31 << 32))
+
+
+def philox_twin(
+    seed: int, counter: Sequence[int | Tensor], count: int, device: torch.device
+) -> Tensor:
     """Return the first `count` outputs of Philox4x32-10, int64 [count], in plain torch.
 
-    `counter` holds the four words of the first block's counter.
+    `counter` holds the four words of the first block's counter; tensors are int64 [].
     """
     c0 = counter[0] + torch.arange((count + 3) // 4, dtype=torch.int64, device=device)  # [blocks]
-    c1, c2, c3 = (torch.full_like(c0, word) for word in counter[1:])
+    c1, c2, c3 = (torch.zeros_like(c0) + word for word in counter[1:])
     k0, k1 = seed & _MASK, seed >> 32
     for _ in range(_ROUNDS):
         # A product of two words wraps around in int64, which leaves its 64 bits right.
@@ -186,12 +209,16 @@ def philox_twin(seed: int, counter: Sequence[int], count: int, device: torch.dev
     return torch.stack((c0, c1, c2, c3), dim=1).view(-1)[:count]
 
 
-def uniform_twin(seed: int, counter: Sequence[int], count: int, device: torch.device) -> Tensor:
+def uniform_twin(
+    seed: int, counter: Sequence[int | Tensor], count: int, device: torch.device
+) -> Tensor:
     """Return float32 [count] in [0, 1), in plain torch; arguments as philox_twin."""
     return (philox_twin(seed, counter, count, device) >> 8).float() * 2.0**-24
 
 
-def normal_twin(seed: int, counter: Sequence[int], count: int, device: torch.device) -> Tensor:
+def normal_twin(
+    seed: int, counter: Sequence[int | Tensor], count: int, device: torch.device
+) -> Tensor:
     """Return float32 [count], standard normal, in plain torch; arguments as philox_twin."""
     pairs = (count + 3) // 4 * 2
     words = philox_twin(seed, counter, 2 * pairs, device).view(pairs, 2)

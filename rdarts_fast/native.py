@@ -121,11 +121,14 @@ def _cpu_place(module: Any, wish: str, threads: int) -> Any:
     return module.Place(cpu_unit(), threads=threads)
 
 
-def filled(fill: str, out: Tensor, seed: int, counter: Sequence[int]) -> Tensor:
+def filled(
+    fill: str, out: Tensor, seed: int, counter: Sequence[int], clock: Tensor | None = None
+) -> Tensor:
     """Fill the contiguous `out` by the extension's philox function of that name and return it.
 
-    `counter` holds the four words of the first block's counter (draws.py).
+    `counter` holds the four words of the first block's counter, `clock` what is added to the last
+    two (draws.py).
     """
-    launcher = getattr(extension, fill)
-    launcher(out.data_ptr(), out.numel(), seed, counter, place(out.device))
+    launcher, now = getattr(extension, fill), 0 if clock is None else clock.data_ptr()
+    launcher(out.data_ptr(), out.numel(), seed, counter, place(out.device), now)
     return out

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rdarts_fast import draws, native
 from rdarts_fast.draws import Draws, normal_twin, philox_twin, uniform_twin
+from tests.conftest import device_of
 
 CPU = torch.device("cpu")
 UNITS = [
@@ -286,3 +287,40 @@ def test_sites_do_not_collide() -> None:
     }
     assert len(training | validation | others) == len(training) + len(validation) + len(others)
     assert max(training | validation | others) < draws.SITE_NETWORK
+
+
+@pytest.mark.parametrize("step", [0, 6, 2**31 + 7, 2**32 - 1])
+@pytest.mark.parametrize("kind", ["bits", "uniform", "normal"])
+def test_a_clock_gives_the_bits_of_the_draws_it_stands_for(
+    backend: str, kind: str, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    branch, device = 2**15 + 3, device_of(backend)
+    clock = draws.new_clock(device)
+    recorded = Draws(SEED, pass_index=4, clock=clock)
+    size: int | tuple[int, ...] = 1029 if kind == "bits" else (3, 7, 49)
+
+    def drawn(key: Draws) -> Tensor:
+        found: Tensor = getattr(key, kind)(77, size, device)
+        return found
+
+    for now in (step, step // 2, step):  # the clock is read each time
+        draws.set_clock(clock, now, branch)
+        expected = Draws(SEED, branch, now, 4)
+        assert_same_bits(drawn(recorded), drawn(expected))
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "runs_on", lambda where: False)  # the twins
+            assert_same_bits(drawn(recorded), drawn(expected))
+    draws.set_clock(clock, step ^ 1, branch)
+    assert not torch.equal(drawn(recorded), drawn(expected))
+
+
+def test_a_clock_adds_to_the_step_and_the_branch_of_its_draws() -> None:
+    clock = draws.new_clock("cpu")
+    draws.set_clock(clock, 5, 2)
+    moved = Draws(1, branch=3, step=4, pass_index=6, clock=clock)
+    assert_same_bits(moved.normal(9, (64,)), Draws(1, 5, 9, 6).normal(9, (64,)))
+
+
+def test_a_clock_on_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="clock: expected one on cpu, found meta"):
+        Draws(1, clock=draws.new_clock("meta")).uniform(3, (4,))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rdarts_fast import native
-from rdarts_fast.draws import Draws
+from rdarts_fast.draws import Draws, new_clock, set_clock
 from rdarts_fast.kernels import (
     Noise,
     channel_affine,
@@ -274,6 +274,29 @@ def test_noise_is_what_the_draws_give(backend: str) -> None:
         got = node_sum([z], torch.zeros(1, shape[1], device=device), None, None, noise)
         drawn = Draws(8, branch=1, step=2, pass_index=3).normal(77, shape)
         assert torch.equal(got.cpu(), drawn)
+
+
+@pytest.mark.parametrize("format_", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 8, 4, 4), (1, 5, 3, 7)])
+def test_noise_by_a_clock_has_the_bits_of_noise_by_the_step(
+    backend: str, shape: tuple[int, ...], format_: torch.memory_format
+) -> None:
+    device = device_of(backend)
+    z, g = (torch.randn(shape).to(device, memory_format=format_) for _ in range(2))
+    scale, weights = torch.randn(1, shape[1]).to(device), torch.randn(2).to(device)
+    clock = new_clock(device)
+
+    def results(draws: Draws) -> list[torch.Tensor]:
+        noise = Noise(draws, (77, 70_000), weights)
+        return [node_sum([z], scale, noise=noise), *node_sum_dq(g, [z], noise=noise)]
+
+    for step in (2**31 + 3, 4):
+        set_clock(clock, step, 6)
+        got = results(Draws(8, pass_index=3, clock=clock))
+        expected = results(Draws(8, branch=6, step=step, pass_index=3))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    set_clock(clock, 5, 6)
+    assert not torch.equal(results(Draws(8, pass_index=3, clock=clock))[3], expected[3])
 
 
 def test_zero_strides_are_read_and_meta_tensors_give_shapes(backend: str) -> None:

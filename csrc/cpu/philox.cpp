@@ -62,6 +62,7 @@ RDARTS_BODY void write(typename Kind::Value* out, uint32_t first, PhiloxStart st
 template <typename Kind>
 void fill(typename Kind::Value* out, int64_t count, PhiloxStart start, int threads) {
   constexpr int64_t kNumbers = 4 * kLanes;
+  start = read_clock(start, start.clock);
   const int64_t whole = count / kNumbers;
   parallel_for(whole, kGrain, threads, [=](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
@@ -77,6 +78,7 @@ void fill(typename Kind::Value* out, int64_t count, PhiloxStart start, int threa
 template <typename Kind>
 void fill_range(typename Kind::Value* out, int64_t first, int64_t count, PhiloxStart start) {
   constexpr int64_t kNumbers = 4 * kLanes;
+  start = read_clock(start, start.clock);
   typename Kind::Value group[kNumbers];
   for (int64_t done = 0; done < count;) {
     const int64_t block = (first + done) / 4, skipped = first + done - 4 * block;

@@ -183,11 +183,12 @@ struct Sites {
   uint32_t sites[kMostInputs];
   Span<const Sum> weights;  // [J]
   Span<const Sum> factors;  // [J, N] or null
+  Span<const uint32_t> clock;
 
-  __device__ PhiloxStart start_of(int site) const {
-    PhiloxStart s = start;
-    s.c1 = sites[site];
-    return s;
+  __device__ PhiloxStart now() const { return read_clock(start, clock); }
+  __device__ PhiloxStart of_site(PhiloxStart now, int site) const {
+    now.c1 = sites[site];
+    return now;
   }
 };
 
@@ -235,9 +236,13 @@ Span<const Sum> rows_from(const void* data, int64_t first, int64_t rows, int64_t
                            rows * row);
 }
 
+inline Span<const uint32_t> clock_of(const PhiloxStart& start) {
+  return {start.clock, start.clock ? 2 : 0};
+}
+
 template <typename Sum>
 Sites<Sum> sites_of(const Drawn& drawn, int64_t samples) {
-  Sites<Sum> sites = {drawn.count, drawn.start, {}, {}, {}};
+  Sites<Sum> sites = {drawn.count, drawn.start, {}, {}, {}, clock_of(drawn.start)};
   for (int j = 0; j < drawn.count; ++j) sites.sites[j] = drawn.sites[j];
   sites.weights = coefficients<Sum>(drawn.weights, drawn.count);
   sites.factors = coefficients<Sum>(drawn.factors, drawn.count * samples);

@@ -18,11 +18,23 @@
 
 namespace rdarts {
 
-// The key and the first block's counter.
+// The key and the first block's counter. Where there is a clock, two words in the memory of the
+// device that draws, step and stream count from where it stands: a launch that is recorded once and
+// replayed draws anew whenever the clock has been set.
 struct PhiloxStart {
   uint32_t k0, k1;          // the seed
   uint32_t c0, c1, c2, c3;  // block, site, step, branch << 16 | pass
+  const uint32_t* clock;    // added to c2 and c3, or null
 };
+
+// The start as the clock stands, read through a pointer or a Span.
+template <typename Clock>
+RDARTS_BODY PhiloxStart read_clock(PhiloxStart start, const Clock& clock) {
+  if (start.clock == nullptr) return start;
+  start.c2 += clock[0], start.c3 += clock[1];
+  start.clock = nullptr;
+  return start;
+}
 
 struct Words {
   uint32_t x0, x1, x2, x3;

@@ -191,13 +191,13 @@ def native_noise(
     key: Key | None, weights: Tensor | None, factors: Tensor | None, kept: Tensor | None = None
 ) -> tuple[int, ...] | None:
     """Return the noise as the extension takes it: seed, step, branch and pass, addresses of the
-    weights, the factors and the numbers that are kept for the backward, sites.
+    draws' clock, the weights, the factors and the numbers that are kept for the backward, sites.
     """
     if key is None:
         return None
     draws, sites = key
     stream = draws.branch << 16 | draws.pass_index
-    addresses = map(array.address, (weights, factors, kept))
+    addresses = map(array.address, (draws.clock, weights, factors, kept))
     return (draws.seed, draws.step, stream, *addresses, *sites)
 
 
