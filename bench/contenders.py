@@ -23,7 +23,7 @@ from rdarts_fast.search import Losses, SearchState, alpha_step, weight_step
 from rdarts_fast.spaces import load_space
 from rdarts_fast.tasks.classification import outcome
 from rdarts_fast.tasks.task import Batch, Carry, Weights
-from rdarts_fast.training import check_kernels, select_device
+from rdarts_fast.training import check_kernels, raising, select_device
 
 OURS = "ours"
 MEMORY_FORMATS = {
@@ -176,14 +176,15 @@ class Contender:
     def search_step(self, order: str) -> None:
         """One step of the search: the alphas', then the weights'."""
         settings = replace(self.settings, order=order)
-        losses, run = self.losses(), SimpleNamespace(folder="nowhere")
+        losses, nowhere = self.losses(), SimpleNamespace(folder="nowhere")
+        check, add = raising(self.state, nowhere), self.state.sums.add
         training, validation = (
             losses.of(batch, "weights") for batch in (self.training, self.validation)
         )
         rate = settings.learning_rate
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, **self.flags):
-            alpha_step(settings, self.state, training, validation, rate, run)
-            weight_step(settings, self.state, losses.of_weights(self.training), run)
+            alpha_step(settings, self.state, training, validation, rate, check)
+            weight_step(settings, self.state, losses.of_weights(self.training, add), check)
 
 
 CASES: Mapping[str, Callable[[Contender], None]] = {

@@ -33,7 +33,7 @@ Loss = Callable[[], Tensor]
 class VirtualStep:
     """The weights' optimiser as the virtual step sees it."""
 
-    learning_rate: float  # eta
+    learning_rate: float | Tensor  # eta; a tensor, [], lies on the parameters' device
     momentum: float
     weight_decay: float
     buffers: Sequence[Tensor | None]  # one momentum buffer a parameter, None before the first step
@@ -127,7 +127,8 @@ def second_order(
             implicit = exact_implicit_term(training_loss, parameters, alphas, vector)
         else:
             implicit = implicit_term(training_loss, parameters, alphas, vector, epsilon_scale)
-        torch._foreach_sub_(direct, implicit, alpha=step.learning_rate)
+        torch._foreach_mul_(implicit, step.learning_rate)
+        torch._foreach_sub_(direct, implicit)
     return AlphaGradient(direct, loss.detach())
 
 
@@ -139,7 +140,8 @@ def _virtual_step(loss: Tensor, parameters: list[Tensor], step: VirtualStep) -> 
         if pairs:
             moves, momenta = (list(column) for column in zip(*pairs, strict=True))
             torch._foreach_add_(moves, momenta, alpha=step.momentum)
-        torch._foreach_add_(parameters, move, alpha=-step.learning_rate)
+        torch._foreach_mul_(move, step.learning_rate)  # rounded as one that is a tensor is
+        torch._foreach_sub_(parameters, move)
 
 
 def implicit_term(
@@ -156,19 +158,20 @@ def implicit_term(
     afterwards.
     """
     parameters, vector = list(parameters), list(vector)
-    norm = float(torch.nn.utils.get_total_norm(vector))
-    if norm == 0.0:
-        return [torch.zeros_like(alpha) for alpha in alphas]
-    epsilon = epsilon_scale / norm
+    norm = torch.nn.utils.get_total_norm(vector)
+    still = norm == 0.0  # like all else here it stays on the device: nothing waits for it
+    epsilon = (epsilon_scale / (norm.double() + still)).to(norm.dtype)
     with unchanged(parameters) as at_w, frozen(parameters):
-        sides = []
-        for sign in (1.0, -1.0):
+        move, sides = torch._foreach_mul(vector, epsilon), []
+        for change in (torch._foreach_add_, torch._foreach_sub_):
             with torch.no_grad():
                 torch._foreach_copy_(parameters, at_w)
-                torch._foreach_add_(parameters, vector, alpha=sign * epsilon)
+                change(parameters, move)
             sides.append(_gradient(training_loss(), alphas))
         difference = torch._foreach_sub(sides[0], sides[1])
-        return list(torch._foreach_div(difference, 2.0 * epsilon))
+        torch._foreach_div_(difference, 2.0 * epsilon)
+        torch._foreach_mul_(difference, (~still).to(norm.dtype))
+        return list(difference)
 
 
 def exact_implicit_term(

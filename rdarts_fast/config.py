@@ -148,6 +148,8 @@ class SearchConfig(SupernetConfig):
     """Second order's mixed derivative: by the published difference, or exact by differentiating."""
     noise_per_pass: Literal["fresh", "shared"] = "fresh"
     """fresh: noise and masks anew in each forward pass, as published; shared: once a step."""
+    graph: bool = True
+    """On a GPU: record a step as a CUDA graph and replay it; --no-graph to look for an error."""
     alpha_learning_rate: float = 3e-4
     """Adam's learning rate on the alphas."""
     alpha_beta1: float = 0.5
@@ -303,7 +305,10 @@ LEAST: Mapping[str, int] = {
     "test_batch_size": 1,
 }
 # What a resumed run may change without changing what it computes.
-FREE_ON_RESUME = ("resume", "device", "threads", "checkpoint_minutes", "tensorboard", "data_root")
+FREE_ON_RESUME = (
+    *("resume", "device", "threads", "checkpoint_minutes", "tensorboard", "data_root"),
+    "graph",
+)
 
 
 def defaults(kind: type[Config], data: str, preset: str) -> Config:

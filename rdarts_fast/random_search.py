@@ -207,7 +207,8 @@ def train_step(
     outcome = task.run_supernet(supernet, batch, weights, draws, state.carry, regularised=True)
     state.carry = dict(outcome.carry)
     state.sums.add(outcome)
-    training.descend(outcome.objective, state.supernet, state.optimizer, settings, state, run)
+    check = training.raising(state, run)
+    training.descend(outcome.objective, state.supernet, state.optimizer, settings, check)
 
 
 def on_network(weights: dict[str, Tensor], supernet: SearchNetwork) -> dict[str, Tensor]:
@@ -232,7 +233,7 @@ def end_epoch(
 ) -> None:
     """Write the epoch's line, then the checkpoint, and print a line."""
     metric = task.metric
-    record = {
+    record: dict[str, Any] = {
         "epoch": state.epoch,
         "learning_rate": rate,
         "drop_path_prob": state.supernet.drop_path_prob,

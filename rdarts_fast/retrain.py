@@ -314,7 +314,7 @@ def train_step(
     if part.weight > 0.0:
         state.sums.add(outcome)
     loss = part.weight * outcome.objective
-    training.descend(loss, state.network, state.optimizer, settings, state, run)
+    training.descend(loss, state.network, state.optimizer, settings, training.raising(state, run))
 
 
 def tested_on(settings: RetrainConfig) -> str:

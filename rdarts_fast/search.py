@@ -6,6 +6,7 @@ python -m rdarts_fast.search --space s4
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import time
@@ -21,6 +22,7 @@ from rdarts_fast import (
     config,
     config_sources,
     evaluation,
+    graph_step,
     plots,
     tasks,
     tracking,
@@ -31,6 +33,7 @@ from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError, exit_on_user_error
 from rdarts_fast.events import Events
 from rdarts_fast.genotype import Genotype, discretize, kept_edges
+from rdarts_fast.graph_step import StepInput, Tell
 from rdarts_fast.metrics import Outcome, Sums
 from rdarts_fast.networks import SearchNetwork, softmax_weights
 from rdarts_fast.oracle import Oracle
@@ -66,6 +69,7 @@ def _search(settings: SearchConfig, device: torch.device) -> Run:
     task = tasks.load(settings, device)
     state = SearchState.start(settings, task.supernet(settings, space).to(device))
     where = training.environment(device, settings, task.fingerprint()) | task.about_data()
+    where["steps"] = graph_step.kind(settings, task, device)
     name = f"{space.name}-{training.plain(task.data_name)}-seed{settings.seed}"
     files = {SPACE: json.dumps(space.to_dict())}
     with (
@@ -91,6 +95,8 @@ def loop(
     step (Algorithm 1).
     """
     clock = training.Clock(settings.checkpoint_minutes)
+    how = graph_step.kind(settings, task, next(state.supernet.parameters()).device)
+    take_step = graph_step.taker(functools.partial(step, settings, task, state), how, state, run)
     mark_abandoned(run, state)
     while goes_on(settings, state, run, events):
         epoch = state.epoch
@@ -106,28 +112,37 @@ def loop(
         batches = task.search_epoch(draws.at(step=epoch))
         state.supernet.train()
         for rows in training.progress(batches, state.step, f"epoch {epoch}"):
-            step = draws.at(step=epoch * len(batches) + state.step)
-            training_batch = task.training_batch(rows, step, cutout)
-            validation_rows = task.validation_rows(step)
-            validation_batch = task.training_batch(validation_rows, step, cutout, validation=True)
-            losses = Losses(settings, task, state, step)
+            key = draws.at(step=epoch * len(batches) + state.step)
             step_rate = rate * task.rate_scale(rows)
-            training.set_learning_rate(state.weight_optimizer, step_rate)
-
-            training_loss = losses.of(training_batch, "weights")
-            validation_loss = losses.of(validation_batch, "alphas", carries=True)
-            alpha_step(settings, state, training_loss, validation_loss, step_rate, run)
-            weight_step(settings, state, losses.of_weights(training_batch), run)
-
+            take_step(StepInput(rows, task.validation_rows(key), key, step_rate, cutout))
             state.step += 1
             if stop.asked or clock.due():
+                take_step.read()
                 state.seconds = time.monotonic() - started
                 run.save_checkpoint(state.to_checkpoint())
                 clock.reset()
             if stop.asked:
                 raise training.Interrupted(training.resume_command("search", run.folder))
+        take_step.read()
         end_epoch(settings, task, state, run, events, rate, cutout, started, oracle)
         clock.reset()
+
+
+def step(
+    settings: SearchConfig, task: Task, state: SearchState, given: StepInput, tell: Tell
+) -> None:
+    """One step of the search: an alpha step, then a weight step (Algorithm 1)."""
+    training_batch = task.training_batch(given.rows, given.draws, given.cutout)
+    validation_batch = task.training_batch(
+        given.validation_rows, given.draws, given.cutout, validation=True
+    )
+    losses = Losses(settings, task, state, given.draws)
+    training.set_learning_rate(state.weight_optimizer, given.rate)
+
+    training_loss = losses.of(training_batch, "weights")
+    validation_loss = losses.of(validation_batch, "alphas", carries=True)
+    alpha_step(settings, state, training_loss, validation_loss, given.rate, tell.check)
+    weight_step(settings, state, losses.of_weights(training_batch, tell.add), tell.check)
 
 
 @dataclass
@@ -152,14 +167,14 @@ class Losses:
         """
         return lambda: self._run(batch, stream, carries=carries).objective
 
-    def of_weights(self, batch: Batch) -> Callable[[], Tensor]:
+    def of_weights(self, batch: Batch, add: Callable[[Outcome], None]) -> Callable[[], Tensor]:
         """Return the closure of what a step of the weights descends; it adds to the epoch's
         sums.
         """
 
         def loss() -> Tensor:
             outcome = self._run(batch, "weights", carries=True, regularised=True)
-            self.state.sums.add(outcome)
+            add(outcome)
             return outcome.objective
 
         return loss
@@ -182,8 +197,8 @@ def alpha_step(
     state: SearchState,
     training_loss: bilevel.Loss,
     validation_loss: bilevel.Loss,
-    rate: float,
-    run: RunDir,
+    rate: float | Tensor,
+    check: training.Check,
 ) -> None:
     """One step of Adam on the alphas, against the validation loss (DARTS, section 2.3)."""
     alphas = list(state.alphas.values())
@@ -204,9 +219,9 @@ def alpha_step(
             exact=settings.implicit == "exact",
             buffers=buffers,
         )
-    training.check_finite(result.validation_loss, "validation loss", state.epoch, state.step, run)
+    check(result.validation_loss, "validation loss")
     norm = torch.nn.utils.get_total_norm(result.gradient)
-    training.check_finite(norm, "norm of the alphas' gradient", state.epoch, state.step, run)
+    check(norm, "norm of the alphas' gradient")
     for alpha, gradient in zip(alphas, result.gradient, strict=True):
         alpha.grad = gradient
     state.alpha_optimizer.step()
@@ -214,10 +229,10 @@ def alpha_step(
 
 
 def weight_step(
-    settings: SearchConfig, state: SearchState, training_loss: bilevel.Loss, run: RunDir
+    settings: SearchConfig, state: SearchState, training_loss: bilevel.Loss, check: training.Check
 ) -> None:
     """One step of SGD on the weights, against the training loss."""
-    training.descend(training_loss(), state.supernet, state.weight_optimizer, settings, state, run)
+    training.descend(training_loss(), state.supernet, state.weight_optimizer, settings, check)
 
 
 def measure_curvature(
@@ -338,7 +353,8 @@ def announce(
         smaller = f"these are the smaller defaults of {task.data_name}"
         print(f"{smaller}; --preset paper has the published ones")
     print(
-        f"backend {settings.backend}, device {where['device']}, float32, {where['threads']} threads"
+        f"backend {settings.backend}, device {where['device']}, float32, "
+        f"{where['threads']} threads, steps {where['steps']}"
     )
     print(f"run folder: {run.folder}", flush=True)
 

@@ -38,13 +38,14 @@ class SearchState:
     def start(cls, settings: SearchConfig, supernet: SearchNetwork) -> SearchState:
         """Return the state before the first step."""
         alphas = supernet.initial_alphas(settings.seed)
-        weight_optimizer = training.sgd(supernet.parameters(), settings)
+        weight_optimizer = training.sgd(supernet.parameters(), settings, training.SGD)
         alpha_optimizer = torch.optim.Adam(
             alphas.values(),
             lr=settings.alpha_learning_rate,
             betas=(settings.alpha_beta1, settings.alpha_beta2),
             weight_decay=settings.alpha_weight_decay,
             foreach=True,
+            capturable=next(iter(alphas.values())).is_cuda,
         )
         regularisation = Regularisation.of(settings)
         trace = new_trace(settings)
@@ -86,7 +87,11 @@ class SearchState:
                     raise ValueError(f"alphas {kind}: expected shape {tuple(alpha.shape)}")
                 alpha.copy_(stored["alphas"][kind])
         self.weight_optimizer.load_state_dict(stored["weight_optimizer"])
-        self.alpha_optimizer.load_state_dict(stored["alpha_optimizer"])
+        # Whether it is capturable is up to the device here, not to that of the checkpoint.
+        own = self.alpha_optimizer.param_groups[0]["capturable"]
+        groups = [{**g, "capturable": own} for g in stored["alpha_optimizer"]["param_groups"]]
+        adam = {**stored["alpha_optimizer"], "param_groups": groups}
+        self.alpha_optimizer.load_state_dict(adam)
         self.epoch, self.step, self.branch = stored["epoch"], stored["step"], stored["branch"]
         self.records, self.seconds = stored["records"], stored["seconds"]
         self.sums, self.carry = Sums(dict(stored["sums"])), stored["carry"]

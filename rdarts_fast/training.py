@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -146,9 +146,13 @@ def linear(epoch: int, last: int, end: float) -> float:
     return end * epoch / last if last > 0 else 0.0
 
 
-def sgd(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.SGD:
+def sgd(
+    parameters: Iterable[nn.Parameter],
+    config: RunConfig,
+    kind: type[torch.optim.SGD] = torch.optim.SGD,
+) -> torch.optim.SGD:
     """Return the weights' optimiser."""
-    return torch.optim.SGD(
+    return kind(
         parameters,
         lr=config.learning_rate,
         momentum=config.momentum,
@@ -157,7 +161,32 @@ def sgd(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.SG
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+class SGD(torch.optim.SGD):
+    """SGD with momentum whose rate may be a tensor, [], on the parameters' device: read as the step
+    is taken, and by a replay of a recorded step anew.
+
+    A step is rounded after its product with the rate, whether that is a number or a tensor.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # it has no closure
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in parameters]
+            move = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
+            if group["momentum"] != 0.0:
+                states = [self.state[p] for p in parameters]
+                for state, part in zip(states, move, strict=True):
+                    if state.get("momentum_buffer") is None:
+                        state["momentum_buffer"] = torch.zeros_like(part)
+                momenta = [state["momentum_buffer"] for state in states]
+                torch._foreach_mul_(momenta, group["momentum"])
+                torch._foreach_add_(momenta, move)
+                move = momenta
+            torch._foreach_sub_(parameters, torch._foreach_mul(move, group["lr"]))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float | Tensor) -> None:
     """Set the rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -167,10 +196,18 @@ def check_finite(value: Tensor, name: str, epoch: int, step: int, run: RunDir) -
     """Raise UserError naming epoch and step where a loss or a gradient's norm is not finite."""
     number = float(value.detach())
     if not math.isfinite(number):
-        raise UserError(
-            f"the {name} is {number} at epoch {epoch}, batch {step}: start anew with a lower "
-            f"--learning-rate, or look at the images; the last checkpoint is kept in {run.folder}"
-        )
+        raise not_finite(number, name, epoch, step, run)
+
+
+def not_finite(number: float, name: str, epoch: int, step: int, run: RunDir) -> UserError:
+    """Return the error of a loss or a norm that is not finite."""
+    return UserError(
+        f"the {name} is {number} at epoch {epoch}, batch {step}: start anew with a lower "
+        f"--learning-rate, or look at the images; the last checkpoint is kept in {run.folder}"
+    )
+
+
+Check = Callable[[Tensor, str], None]  # of a loss or a norm and what it is called
 
 
 class Position(Protocol):
@@ -180,22 +217,24 @@ class Position(Protocol):
     step: int  # within the epoch
 
 
+def raising(at: Position, run: RunDir) -> Check:
+    """Return the check that raises UserError at once."""
+    return lambda value, name: check_finite(value, name, at.epoch, at.step, run)
+
+
 def descend(
     loss: Tensor,
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: RunConfig,
-    at: Position,
-    run: RunDir,
+    check: Check,
 ) -> None:
-    """One step of the weights down the loss, its gradient clipped. Raises UserError where loss or
-    gradient are not finite.
-    """
-    check_finite(loss, "training loss", at.epoch, at.step, run)
+    """One step of the weights down the loss, its gradient clipped; both are checked."""
+    check(loss, "training loss")
     parameters = list(network.parameters())
     loss.backward(inputs=parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip, foreach=True)
-    check_finite(norm, "norm of the weights' gradient", at.epoch, at.step, run)
+    check(norm, "norm of the weights' gradient")
     optimizer.step()
     optimizer.zero_grad()
 

@@ -334,6 +334,10 @@ def search_in_space_with_noise(tmp_path) -> tuple[config.SearchConfig, Classific
     return settings, task, state
 
 
+def finite(value: torch.Tensor, name: str) -> None:
+    assert value.isfinite(), name
+
+
 def step_of_search(settings, task, state, draws: Draws, number: int = 0) -> None:
     """Do step `number` of the epoch, as search.loop does."""
     rows = task.search_epoch(Draws(settings.seed))[number], task.validation_rows(draws)
@@ -345,9 +349,9 @@ def step_of_search(settings, task, state, draws: Draws, number: int = 0) -> None
         losses.of(batches[0], "weights"),
         losses.of(batches[1], "alphas"),
         0.1,
-        None,
+        finite,
     )
-    weight_step(settings, state, losses.of(batches[0], "weights"), None)
+    weight_step(settings, state, losses.of(batches[0], "weights"), finite)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from rdarts_fast.draws import Draws
 from rdarts_fast.networks import Supernet, cell_backward, softmax_weights
 from rdarts_fast.search import Losses, SearchState, alpha_step, weight_step
 from rdarts_fast.spaces import Space, load_space, space_from_dict, spaces_of
+from rdarts_fast.training import raising
 from tests.host_cuda import counts, on_host
 from tests.test_fused import SPACES_AND_ALL, everything, two
 
@@ -313,14 +314,15 @@ def test_twenty_search_steps_equal_the_reference() -> None:
     found = []
     for net in two("s4", channels=2, layers=3):
         net.drop_path_prob = 0.2
-        state, run = SearchState.start(settings, net), SimpleNamespace(folder="nowhere")
+        state = SearchState.start(settings, net)
+        check = raising(state, SimpleNamespace(folder="nowhere"))
         task: Any = SimpleNamespace(run_supernet=run_supernet)
         for step in range(20):
             losses = Losses(settings, task, state, Draws(0, step=step))
             training, validation = batches[2 * step : 2 * step + 2]
             pair = losses.of(training, "weights"), losses.of(validation, "alphas")
-            alpha_step(settings, state, *pair, settings.learning_rate, run)
-            weight_step(settings, state, losses.of_weights(training), run)
+            alpha_step(settings, state, *pair, settings.learning_rate, check)
+            weight_step(settings, state, losses.of_weights(training, state.sums.add), check)
         found.append({kind: alpha.detach() for kind, alpha in state.alphas.items()})
     for kind, alpha in found[0].items():
         assert (alpha - alpha.mean()).abs().max() > 1e-3  # they have moved

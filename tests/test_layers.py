@@ -36,7 +36,7 @@ FLOORS = [
     ["training", "tracking", "fleet", "tables", "ranks"],
     ["tasks"],
     ["search_state", "evaluation", "protocol"],
-    ["rollback"],
+    ["rollback", "graph_step"],
     ["search", "random_search", "retrain", "analysis", "export"],
     ["robust", "report", "info"],
     ["__init__"],

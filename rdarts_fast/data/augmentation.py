@@ -59,7 +59,7 @@ def augment(
     draws: Draws,
     *,
     stream: int = 0,
-    cutout_probability: float = 0.0,
+    cutout_probability: float | Tensor = 0.0,
 ) -> Tensor:
     """Crop, flip, normalise and cut out a batch: uint8 [B, C, H, W] to float32 [B, C, H, W].
 
@@ -72,12 +72,14 @@ def augment(
 
     Neither the crop nor cutout can take a whole image away: raises UserError where `pad` or
     `cutout_length` is not smaller than the shorter side. What cutout leaves is nowhere 0 as long
-    as no mean is a multiple of 1/255. Raises UserError for a probability outside [0, 1], too.
+    as no mean is a multiple of 1/255. Raises UserError for a probability outside [0, 1], too, but
+    not for one in a tensor, float64 [], which is above 0.
     """
     _check(images, augmentation, cutout_probability)
     cropped = _crop_and_flip(images, augmentation, draws, stream)
     normal = normalize(cropped, augmentation)
-    if cutout_probability > 0 and augmentation.cutout_length > 0:
+    cuts = isinstance(cutout_probability, Tensor) or cutout_probability > 0
+    if cuts and augmentation.cutout_length > 0:
         uniform = draws.uniform(SITE_CUTOUT + stream, (images.shape[0], 3), images.device, 0)
         normal.mul_(_cutout_mask(images, augmentation.cutout_length, uniform, cutout_probability))
     return normal
@@ -127,7 +129,9 @@ def _crop_and_flip(images: Tensor, augmentation: Augmentation, draws: Draws, str
     return windows.index_select(0, starts.view(-1)).view(batch, channels, height, width)
 
 
-def _cutout_mask(images: Tensor, length: int, uniform: Tensor, probability: float) -> Tensor:
+def _cutout_mask(
+    images: Tensor, length: int, uniform: Tensor, probability: float | Tensor
+) -> Tensor:
     """Return 0 in each image's square and 1 elsewhere: float32 [B, 1, H, W], uniform [B, 3]."""
     _, _, height, width = images.shape
     down = _covered(height, length, uniform[:, 0])
@@ -149,10 +153,10 @@ def _below(count: int, uniform: Tensor) -> Tensor:
     return (uniform * count).to(torch.int64)
 
 
-def _check(images: Tensor, augmentation: Augmentation, cutout_probability: float) -> None:
+def _check(images: Tensor, augmentation: Augmentation, cutout_probability: float | Tensor) -> None:
     _check_images(images, augmentation)
     augmentation.check_size(*images.shape[2:])
-    if not 0 <= cutout_probability <= 1:
+    if not isinstance(cutout_probability, Tensor) and not 0 <= cutout_probability <= 1:
         raise UserError(f"cutout probability must lie in [0, 1], found {cutout_probability}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -144,6 +145,19 @@ def empty_like(x: Tensor) -> Tensor:
 def empty_node(z: Sequence[Tensor]) -> Tensor:
     """Return a dense uninitialised tensor like z[0], laid out as most of z are."""
     return empty(z[0], z[0].shape, memory_format(z))
+
+
+@functools.cache
+def index_of(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return positions as a tensor, int64 [K]: kept, because making it anew would wait for a copy
+    to the device, and a step that is recorded once can have none.
+    """
+    return torch.tensor(positions, dtype=torch.int64, device=device)
+
+
+def chosen(x: Tensor, positions: Sequence[int]) -> Tensor:
+    """Return x[positions], of its first dimension."""
+    return x.index_select(0, index_of(tuple(positions), x.device))
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -255,7 +255,7 @@ def _recorded_backward(ctx: Any, g: Tensor) -> Gradients:
     offset = torch.zeros_like(mean)  # the mean, less that constant
     rows = [k for k, flag in enumerate(settings.normalised) if flag and settings.training]
     count = g.numel() // max(g.shape[1], 1)
-    chosen, index = [z[k] for k in rows], torch.tensor(rows, device=g.device, dtype=torch.int64)
+    chosen, index = [z[k] for k in rows], array.index_of(tuple(rows), g.device)
     if rows:
         total, square = (x / count for x in channel_sums(chosen, mean[index]))
         offset = offset.index_copy(0, index, total)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rdarts_fast.draws import Draws
-from rdarts_fast.kernels.array import coefficient_dtype, empty
+from rdarts_fast.kernels.array import chosen, coefficient_dtype, empty
 from rdarts_fast.kernels.mixing import Sources, launch_mixing
 from rdarts_fast.kernels.norm_table import Drawn, NormTable, Running, Terms
 from rdarts_fast.kernels.pool import KINDS, launch_pools
@@ -97,7 +97,7 @@ class CellPass:
 
     def factors_of(self, edges: Sequence[int]) -> Tensor | None:
         """Return drop path's factors of some edges, [len(edges), N]."""
-        return None if self.factors is None else self.factors[edges]
+        return None if self.factors is None else chosen(self.factors, edges)
 
     def links(self, stages: Stages, *, running: bool) -> list[Link]:
         """Return the stages of some separable convolutions."""
@@ -116,7 +116,8 @@ class CellPass:
         found = self.plan.nodes[node]
         if not found.sites:
             return None
-        weights, factors = self.weights.view(-1)[found.drawn], self.factors_of(found.drawn_edges)
+        weights = chosen(self.weights.view(-1), found.drawn)
+        factors = self.factors_of(found.drawn_edges)
         return Drawn((self.draws, found.sites), weights, factors, found.drawn, numbers)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rdarts_fast.draws import Draws
 from rdarts_fast.kernels import Noise, Pooled, normalized_sum, pools
+from rdarts_fast.kernels.array import chosen
 from rdarts_fast.networks import operations
 from rdarts_fast.networks.operations import FactorizedReduce, Zero
 from rdarts_fast.spaces import INPUTS, edges_into
@@ -166,7 +167,7 @@ class Node:
         """Return the node, shaped and laid out as `like`; factors [E, N] are drop path's."""
         noise = None
         if self.sites:
-            rows = None if factors is None else factors[self.noise_edges]
+            rows = None if factors is None else chosen(factors, self.noise_edges)
             noise = Noise(draws, self.sites, torch.stack(self.noise_weights), rows)
         if not self.z:  # nothing but zeros and noise
             self.z, self.norms, self.channel_sums = [torch.zeros_like(like)], [None], [None]
@@ -179,7 +180,7 @@ class Node:
             torch.stack(self.weights),
             [norm is not None for norm in self.norms],
             [_running(norm) for norm in self.norms],
-            None if factors is None else factors[self.edges],
+            None if factors is None else chosen(factors, self.edges),
             noise,
             sums=self.channel_sums,
             training=training,

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from rdarts_fast.draws import Draws
 
+Probability = float | Tensor  # a tensor, float64 [], is above 0
+
 
 def batch_norm(channels: int, affine: bool) -> nn.BatchNorm2d:
     """Return the batch norm used everywhere: eps 1e-5, momentum 0.1."""
@@ -185,8 +187,13 @@ def apply(operation: nn.Module, x: Tensor, draws: Draws | None) -> Tensor:
     return result
 
 
+def drops(probability: Probability) -> bool:
+    """Whether anything can be dropped."""
+    return isinstance(probability, Tensor) or probability > 0.0
+
+
 def drop_path_factors(
-    draws: Draws, site: int, edges: int, images: Tensor, probability: float
+    draws: Draws, site: int, edges: int, images: Tensor, probability: Probability
 ) -> Tensor:
     """Return [E, N] factors: 0 with `probability`, else 1 / keep (ScheduledDropPath; paper,
     appendix C.1).
@@ -194,5 +201,7 @@ def drop_path_factors(
     One factor an edge and sample, on the device and in the dtype of `images`.
     """
     keep = 1.0 - probability
+    if not isinstance(keep, Tensor):  # a number would divide with other bits on a GPU
+        keep = images.new_full((), keep, dtype=torch.float64)
     uniform = draws.uniform(site, (edges, images.shape[0]), images.device, 1)
     return (uniform < keep).to(images.dtype) / keep

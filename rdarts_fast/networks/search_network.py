@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rdarts_fast.draws import SITE_ALPHAS, Draws
 from rdarts_fast.errors import UserError
+from rdarts_fast.networks.operations import Probability
 from rdarts_fast.spaces import Space
 
 ALPHA_SCALE = 1e-3
@@ -27,13 +28,13 @@ class SearchNetwork(nn.Module):
     """A network in which every edge computes the weighted sum of all its candidate operations.
 
     `drop_path_prob` is the probability of dropping an edge per sample, in train mode only; the
-    search sets it each epoch.
+    search sets it each epoch, a recorded step makes it a tensor on the device.
     """
 
     def __init__(self, space: Space) -> None:
         super().__init__()
         self.space = space
-        self.drop_path_prob = 0.0
+        self.drop_path_prob: Probability = 0.0
 
     def initial_alphas(self, seed: int) -> dict[str, Tensor]:
         """Return the alphas at the start, 1e-3 x N(0, 1) drawn from `seed`: cell type -> [E, O],

@@ -22,10 +22,12 @@ from rdarts_fast.networks.fused import fused_cell, fused_stem
 from rdarts_fast.networks.hessian import SupernetHessian, hessian_operator
 from rdarts_fast.networks.operations import (
     Noise,
+    Probability,
     Zero,
     apply,
     candidate,
     drop_path_factors,
+    drops,
     preprocess,
     stem,
 )
@@ -123,14 +125,14 @@ class SearchCell(nn.Module):
         self._plan: Plan | None = None  # of the modules, made at the first forward pass
 
     def forward(
-        self, s0: States, s1: States, weights: Tensor, draws: Draws, drop_path: float
+        self, s0: States, s1: States, weights: Tensor, draws: Draws, drop_path: Probability
     ) -> list[Tensor]:
         """Return the tensors whose channels make up the cell's output.
 
         s0, s1: likewise of the cell before the last and of the last. weights: [E, O].
         """
         factors = None
-        if drop_path > 0.0 and self.training:
+        if drops(drop_path) and self.training:
             like = s0[0]
             factors = drop_path_factors(
                 draws, self.site, len(self.edges), like, drop_path

@@ -15,7 +15,7 @@ from rdarts_fast.draws import Draws
 from rdarts_fast.kernels.array import empty
 from rdarts_fast.networks.chain import Chain, State
 from rdarts_fast.networks.norm import Norm, products
-from rdarts_fast.networks.operations import Noise, Zero, drop_path_factors
+from rdarts_fast.networks.operations import Noise, Probability, Zero, drop_path_factors, drops
 from rdarts_fast.networks.tangent import steps_of
 from rdarts_fast.networks.weighted_sum import sum_into
 from rdarts_fast.spaces import INPUTS, edges_into
@@ -73,12 +73,12 @@ class CellParts:
         return cls(cell, found, nodes)
 
     def primal(
-        self, before: list[list[State]], weights: Tensor, draws: Draws, drop_path: float
+        self, before: list[list[State]], weights: Tensor, draws: Draws, drop_path: Probability
     ) -> list[State]:
         """Compute the cell; return the states that make up its output. weights: [E, O]."""
         cell, self.before = self.cell, before
         like = before[0][0].value
-        if drop_path > 0.0 and cell.training:
+        if drops(drop_path) and cell.training:
             self.factors = drop_path_factors(draws, cell.site, len(cell.edges), like, drop_path)
         self.states = []
         for chain, states in zip(self.inputs, before, strict=True):

@@ -33,6 +33,7 @@ class Classification(Task):
     settings: RunConfig
 
     metric = METRICS["classification"]
+    fixed_shapes = True
 
     @classmethod
     def load(cls, config: RunConfig, device: torch.device) -> Classification:
@@ -228,7 +229,7 @@ class Classification(Task):
         return list(rows.split(size))
 
     def training_batch(
-        self, rows: Tensor, draws: Draws, cutout_prob: float, *, validation: bool = False
+        self, rows: Tensor, draws: Draws, cutout_prob: float | Tensor, *, validation: bool = False
     ) -> Batch:
         """Return augmented images [N, C, H, W] and labels [N] of training rows.
 

@@ -64,6 +64,7 @@ class Task(ABC):
     """
 
     metric: ClassVar[Metric]
+    fixed_shapes: ClassVar[bool] = False  # batches of as many rows are alike and carry nothing on
 
     @classmethod
     @abstractmethod
@@ -233,10 +234,11 @@ class Task(ABC):
 
     @abstractmethod
     def training_batch(
-        self, rows: Tensor, draws: Draws, cutout_prob: float, *, validation: bool = False
+        self, rows: Tensor, draws: Draws, cutout_prob: float | Tensor, *, validation: bool = False
     ) -> Batch:
         """Return a batch of training data, augmented; `validation` of the alphas' part, which draws
-        its augmentation from a stream of its own. cutout_prob: of images, what a search schedules.
+        its augmentation from a stream of its own. cutout_prob: of images, what a search schedules;
+        a tensor, float64 [], is above 0.
         """
 
     @abstractmethod
