@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rdarts_fast.kernels.array import coefficient_dtype, empty
+from rdarts_fast.kernels.array import chosen, coefficient_dtype, empty
 from rdarts_fast.kernels.mixing import Sources, launch_mixing_backward
 from rdarts_fast.kernels.node_sum import launch_node_sum
 from rdarts_fast.kernels.norm_table import NormTable
@@ -121,7 +121,7 @@ class CellBackward(CellPass):
         if source.skips:
             scales.append(self.table.rows(source.skip_row, len(source.skips))[0])
             if self.factors is not None:
-                factors = self.factors[source.skips]
+                factors = chosen(self.factors, source.skips)
                 if count:
                     whole = like.new_ones(count, like.shape[0], dtype=dtype)
                     factors = torch.cat([whole, factors])
