@@ -35,7 +35,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 
 def given(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
     base = {"epochs": 6, "batch_size": 5, "cutout_length": 2, "out": folder / name}
-    return settings(folder, **base, **changes)
+    return settings(folder, **{**base, **changes})
 
 
 @pytest.fixture
