@@ -31,7 +31,8 @@ from rdarts_fast.plots import (
     save_spectrum,
     save_trajectory,
 )
-from rdarts_fast.plots import cells as drawing
+from rdarts_fast.plots import layout as geometry
+from rdarts_fast.plots import styles as styling
 from rdarts_fast.spaces import CELLS, OPERATIONS, RECURRENT_OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,12 +158,12 @@ def nodes_of(cells: dict[str, list[Edge]]) -> int:
     return max(edge[1] - inputs_of(kind) + 1 for kind, edges in cells.items() for edge in edges)
 
 
-def laid_out(name: str, kind: str) -> drawing.Layout:
+def laid_out(name: str, kind: str) -> geometry.Layout:
     """The layout of a cell among the others of its genotype."""
     cells = GENOTYPES[name]
-    styles = drawing.styles_of(e[2] for edges in cells.values() for e in edges)
-    width = max(drawing.input_width(INPUTS[other]) for other in cells)
-    return drawing.lay_out(cells[kind], nodes_of(cells), inputs_of(kind), styles, width)
+    styles = styling.styles_of(e[2] for edges in cells.values() for e in edges)
+    width = max(geometry.input_width(INPUTS[other]) for other in cells)
+    return geometry.lay_out(cells[kind], nodes_of(cells), inputs_of(kind), styles, width)
 
 
 def figure_of(patch: pytest.MonkeyPatch, cells: dict[str, list[Edge]], title: str = "") -> Figure:
@@ -190,8 +191,8 @@ def test_svg_holds_every_label_as_text(tmp_path: Path) -> None:
     found = words(path)
     for edges in cells.values():
         for _, _, op, weight in edges:
-            assert f"{drawing._STYLES[op].short}  {weight:.2f}" in found
-            assert drawing._STYLES[op].name in found
+            assert f"{styling.STYLES[op].short}  {weight:.2f}" in found
+            assert styling.STYLES[op].name in found
     for text in ("s1, 50 epochs", "normal cell", "reduction cell", "concat", *"0123"):
         assert text in found
     assert found.count("dil 5x5  0.90") == 3
@@ -291,7 +292,7 @@ def test_texts_fit_their_boxes(monkeypatch: pytest.MonkeyPatch, name: str) -> No
             assert low[1] - 0.5 < text.y0 and text.y1 < high[1] + 0.5
 
 
-def clearance(box: drawing._Box, points: np.ndarray) -> float:
+def clearance(box: geometry.Box, points: np.ndarray) -> float:
     """Distance from `box` to the nearest of `points` [N, 2] along the farther axis."""
     gaps = np.abs(points - (box.x, box.y)) - (box.width / 2, box.height / 2)
     return float(gaps.max(axis=1).min())
@@ -299,14 +300,14 @@ def clearance(box: drawing._Box, points: np.ndarray) -> float:
 
 def check_layout(edges: list[Edge], nodes: int, names: tuple[str, ...] = INPUTS["normal"]) -> None:
     """Routes keep off the nodes they do not serve, labels off routes, nodes and each other."""
-    styles = drawing.styles_of(edge[2] for edge in edges)
-    layout = drawing.lay_out(edges, nodes, len(names), styles, drawing.input_width(names))
+    styles = styling.styles_of(edge[2] for edge in edges)
+    layout = geometry.lay_out(edges, nodes, len(names), styles, geometry.input_width(names))
     states = layout.inputs + layout.nodes
     points = [route.points() for route in layout.routes]
     left, right, bottom, top = layout.limits
     for (source, target, _, _), course, label in zip(edges, points, layout.labels, strict=True):
         assert abs(clearance(states[source], course[:1])) < 1e-9
-        assert abs(clearance(states[target], course[-1:]) - drawing._ARROW) < 1e-9
+        assert abs(clearance(states[target], course[-1:]) - geometry.ARROW) < 1e-9
         for state, box in enumerate(states):
             assert state in (source, target) or clearance(box, course) > 0.1
             gap = abs(box.x - label.x) - (box.width + label.width) / 2
@@ -378,7 +379,7 @@ def test_a_whole_supernet_cell_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None
     check_layout(edges, 3, INPUTS["upsample"])
 
 
-def crossings(layout: drawing.Layout) -> int:
+def crossings(layout: geometry.Layout) -> int:
     """How often the drawn courses of two edges cross, by the signs of their pieces' corners."""
     count = 0
     for one, other in itertools.combinations([route.points() for route in layout.routes], 2):
@@ -412,7 +413,7 @@ def test_edges_cross_only_where_they_must(name: str, kind: str, expected: int) -
 
 def test_edges_of_the_two_inputs_keep_to_their_sides() -> None:
     edges = GENOTYPES["skip only"]["normal"]
-    layout = drawing.lay_out(edges, 4, 2, drawing.styles_of([SKIP]))
+    layout = geometry.lay_out(edges, 4, 2, styling.styles_of([SKIP]))
     for (source, _, _, _), route in zip(edges, layout.routes, strict=True):
         assert (route.y > 0) == (source == 0)
     for state, place in enumerate(layout.inputs):
@@ -426,22 +427,22 @@ def test_edges_of_the_two_inputs_keep_to_their_sides() -> None:
 
 
 def test_every_operation_has_a_look_of_its_own() -> None:
-    assert set(drawing._STYLES) == {*OPERATIONS, *RECURRENT_OPERATIONS}
-    looks = [(s.color, s.dashes, s.hollow) for s in drawing._STYLES.values()]
+    assert set(styling.STYLES) == {*OPERATIONS, *RECURRENT_OPERATIONS}
+    looks = [(s.color, s.dashes, s.hollow) for s in styling.STYLES.values()]
     assert len(set(looks)) == len(looks)
-    assert len({style.short for style in drawing._STYLES.values()}) == len(looks)
+    assert len({style.short for style in styling.STYLES.values()}) == len(looks)
     grey = {"none": "#999999"}
-    for name, style in drawing._STYLES.items():
+    for name, style in styling.STYLES.items():
         assert style.color in look.PALETTE or style.color == grey.get(name)
 
 
 def test_darts_operations_differ_in_colour_alone() -> None:
     darts = [op for op in OPERATIONS if op not in ("none", "sep_conv_7x7", "conv_7x1_1x7", NOISE)]
-    assert len({drawing._STYLES[op].color for op in darts}) == len(darts) == 7
+    assert len({styling.STYLES[op].color for op in darts}) == len(darts) == 7
 
 
 def test_unknown_operations_get_colours_left_over() -> None:
-    styles = drawing.styles_of([SKIP, SEP, "b_new", "a_new", *map(str, range(20))])
+    styles = styling.styles_of([SKIP, SEP, "b_new", "a_new", *map(str, range(20))])
     assert list(styles)[:2] == [SKIP, SEP]
     known = {styles[SKIP].color, styles[SEP].color}
     assert not known & {style.color for name, style in styles.items() if name not in (SKIP, SEP)}
@@ -466,7 +467,7 @@ def test_counts_are_said_where_there_is_room(monkeypatch: pytest.MonkeyPatch) ->
 def test_every_cell_type_has_its_title_its_inputs_and_its_output(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert set(drawing._KINDS) == set(CELLS)
+    assert set(styling.KINDS) == set(CELLS)
     expected = {
         "normal": ("normal cell", "concat", "$c_{k}$", "$c_{k-2}$", "$c_{k-1}$"),
         "reduce": ("reduction cell", "concat", "$c_{k}$", "$c_{k-2}$", "$c_{k-1}$"),
@@ -481,7 +482,7 @@ def test_every_cell_type_has_its_title_its_inputs_and_its_output(
         for ax, kind in zip(figure_of(monkeypatch, cells).axes, cells, strict=True):
             texts = [text.get_text() for text in ax.texts]
             assert set(expected[kind]) <= set(texts), kind
-            labels = {drawing._label(e, drawing.styles_of([e[2]])) for e in cells[kind]}
+            labels = {styling.label_of(e, styling.styles_of([e[2]])) for e in cells[kind]}
             assert labels <= set(texts)
 
 

@@ -32,7 +32,7 @@ from rdarts_fast.plots import (
     save_weights,
     sparkline,
 )
-from rdarts_fast.plots import cells as drawing
+from rdarts_fast.plots import styles as styling
 from tests.test_plots import GENOTYPES, INPUTS, SEP, SKIP, nodes_of, texts_of
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -146,9 +146,9 @@ def test_a_strip_has_all_inputs_of_every_cell_type(tmp_path, name: str) -> None:
             for b in boxes
         )
     names = [e for e in drawn if e.tag == f"{SVG}text" and e.attrib["x"] == "0.0"]
-    assert [e.text for e in names] == [drawing.kind_of(kind).short for kind in cells]
+    assert [e.text for e in names] == [styling.kind_of(kind).short for kind in cells]
     for text in names:
-        assert 72 * drawing.text_width(text.text, 10.0) < min(float(b["x"]) for b in boxes)
+        assert 72 * styling.text_width(text.text, 10.0) < min(float(b["x"]) for b in boxes)
 
 
 # Curves

@@ -1,6 +1,6 @@
 """Pictures: cells as graphs, and numbers. matplotlib is imported when a picture is drawn."""
 
-from rdarts_fast.plots.cells import Edge, draw_cell, kind_of, save_cells
+from rdarts_fast.plots.cells import draw_cell, save_cells
 from rdarts_fast.plots.curves import (
     Score,
     draw_curves,
@@ -17,6 +17,7 @@ from rdarts_fast.plots.heat import Weights, save_weights
 from rdarts_fast.plots.maps import save_maps
 from rdarts_fast.plots.panels import Panel, draw_panel, save_panels
 from rdarts_fast.plots.strip import save_strip
+from rdarts_fast.plots.styles import Edge, kind_of
 from rdarts_fast.plots.svg import sparkline
 
 __all__ = [

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from rdarts_fast.plots import svg
-from rdarts_fast.plots.cells import styles_of
 from rdarts_fast.plots.look import FAINT, PALETTE
+from rdarts_fast.plots.styles import styles_of
 
 _WIDTH, _LABELS, _GAP, _TOP, _BOTTOM = 1080.0, 148.0, 24.0, 26.0, 66.0  # pixels
 _MANY = 60  # rows from which on they are lower

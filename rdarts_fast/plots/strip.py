@@ -6,18 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rdarts_fast.plots import svg
-from rdarts_fast.plots.cells import (
+from rdarts_fast.plots.layout import Layout, lay_out
+from rdarts_fast.plots.look import FAINT, INK
+from rdarts_fast.plots.styles import (
     Edge,
     Inputs,
-    Layout,
     Style,
     inputs_of,
     kind_of,
-    lay_out,
     styles_of,
     text_width,
 )
-from rdarts_fast.plots.look import FAINT, INK
 
 _WIDTH, _ROW_NAME, _GAP, _TOP = 1080.0, 58.0, 10.0, 24.0  # pixels
 _WIDE, _NODE_WIDE = 240.0, 42.0  # a cell at the most, and one of many nodes for each of them
