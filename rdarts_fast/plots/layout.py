@@ -32,6 +32,8 @@ _TITLE = 0.34
 
 @dataclass(frozen=True)
 class Box:
+    """A rectangle by its middle."""
+
     x: float
     y: float
     width: float
