@@ -34,6 +34,7 @@ from rdarts_fast.networks.disparity_cells import (
     cell_factors,
 )
 from rdarts_fast.networks.disparity_operations import convolution, he
+from rdarts_fast.networks.operations import Probability
 from rdarts_fast.networks.search_network import SearchNetwork, Weights
 from rdarts_fast.networks.supernet import BACKENDS, SITES_PER_CELL, sharing
 from rdarts_fast.spaces import CELLS, FAMILIES, Space, load_space
@@ -104,14 +105,13 @@ class DisparityNet(nn.Module):
     backend: "fused" correlates the views on a kernel, "reference" by unfolded rows.
     """
 
-    drop_path_prob: float
+    drop_path_prob: Probability
 
     def build(self, settings: DisparitySettings, nodes: int, backend: str) -> None:
         """Make the modules."""
         if backend not in BACKENDS:
             raise unknown("backend", backend, BACKENDS)
         self.settings, self.nodes, self.backend = settings, nodes, backend
-        self.drop_path_prob = 0.0
         affine = True if settings.batch_norm else None
         small, large = settings.stem
         self.stem = nn.Sequential(
@@ -280,7 +280,7 @@ class DisparityNetwork(DisparityNet):
             found = ", ".join(genotype.cells)
             raise UserError(f"genotype: cells for disparity needed, has {found}")
         super().__init__()
-        self.genotype = genotype
+        self.genotype, self.drop_path_prob = genotype, 0.0
         self.build(settings or DisparitySettings(), genotype.nodes, backend)
 
     def make_cell(

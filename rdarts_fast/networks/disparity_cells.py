@@ -20,7 +20,7 @@ from rdarts_fast.networks.disparity_operations import (
     normalized_candidate,
     upsampling,
 )
-from rdarts_fast.networks.operations import Noise, apply, drop_path_factors
+from rdarts_fast.networks.operations import Noise, Probability, apply, drop_path_factors
 from rdarts_fast.networks.supernet import SITES_PER_EDGE, MixedOp, sharing
 from rdarts_fast.spaces import CELLS, INPUTS, Space
 
@@ -174,7 +174,7 @@ def cell_factors(
     cell: DisparitySearchCell | DisparityDiscreteCell,
     views: Tensor,
     draws: Draws,
-    probability: float,
+    probability: Probability,
     times: int,
 ) -> Tensor | None:
     """Return drop path's factors of a batch, [E, times N]; None where there are none.

@@ -218,7 +218,7 @@ class Disparity(Task):
         return list(rows.split(size))
 
     def training_batch(
-        self, rows: Tensor, draws: Draws, cutout_prob: float, *, validation: bool = False
+        self, rows: Tensor, draws: Draws, cutout_prob: float | Tensor, *, validation: bool = False
     ) -> Batch:
         """Return augmented crops of training pairs."""
         found = self.stereo

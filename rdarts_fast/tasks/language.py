@@ -245,7 +245,7 @@ class Language(Task):
         return found[: self.settings.epoch_steps]
 
     def training_batch(
-        self, rows: Tensor, draws: Draws, cutout_prob: float, *, validation: bool = False
+        self, rows: Tensor, draws: Draws, cutout_prob: float | Tensor, *, validation: bool = False
     ) -> Batch:
         """Return a window of the training text, with `validation` of the alphas' text."""
         return _window(self.valid if validation else self.train, rows)
