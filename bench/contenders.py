@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -13,9 +14,11 @@ import torch._dynamo  # the optimisers import it in their first step: not memory
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rdarts_fast import graph_step
 from rdarts_fast.config import SearchConfig
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError
+from rdarts_fast.graph_step import StepInput, Tell
 from rdarts_fast.metrics import Outcome
 from rdarts_fast.networks import Supernet, softmax_weights
 from rdarts_fast.networks.operations import Noise
@@ -23,7 +26,7 @@ from rdarts_fast.search import Losses, SearchState, alpha_step, weight_step
 from rdarts_fast.spaces import load_space
 from rdarts_fast.tasks.classification import outcome
 from rdarts_fast.tasks.task import Batch, Carry, Weights
-from rdarts_fast.training import check_kernels, raising, select_device
+from rdarts_fast.training import check_kernels, select_device, set_learning_rate
 
 OURS = "ours"
 MEMORY_FORMATS = {
@@ -159,12 +162,15 @@ class Contender:
         # Ours gains from bits that are the same each time, as in a search; cuDNN's choice by trial
         # is what the published code has.
         self.flags = {"deterministic": name == OURS, "benchmark": name != OURS}
+        self._task: Any = SimpleNamespace(run_supernet=run_supernet)  # all that Losses asks of one
+        graphs = name == OURS and self.training[0].is_cuda
+        self._how = graph_step.GRAPH if graphs else graph_step.PLAIN
+        self._takers: dict[str, graph_step.Taker] = {}
 
     def losses(self) -> Losses:
         """Return the next step's losses, its noise drawn afresh."""
         self.state.step += 1
-        task: Any = SimpleNamespace(run_supernet=run_supernet)  # all that Losses asks of one
-        return Losses(self.settings, task, self.state, Draws(0, step=self.state.step))
+        return Losses(self.settings, self._task, self.state, Draws(0, step=self.state.step))
 
     def forward_backward(self) -> None:
         """The loss and its gradient in the weights and the alphas."""
@@ -174,17 +180,22 @@ class Contender:
             tensor.grad = None
 
     def search_step(self, order: str) -> None:
-        """One step of the search: the alphas', then the weights'."""
-        settings = replace(self.settings, order=order)
-        losses, nowhere = self.losses(), SimpleNamespace(folder="nowhere")
-        check, add = raising(self.state, nowhere), self.state.sums.add
-        training, validation = (
-            losses.of(batch, "weights") for batch in (self.training, self.validation)
-        )
-        rate = settings.learning_rate
+        """One step of the search: the alphas', then the weights'; on a GPU ours by CUDA graph."""
+        self.state.step += 1
+        if order not in self._takers:
+            step = functools.partial(self._step, replace(self.settings, order=order))
+            nowhere = SimpleNamespace(folder="nowhere")
+            self._takers[order] = graph_step.taker(step, self._how, self.state, nowhere)
+        labels, draws = (self.training[1], self.validation[1]), Draws(0, step=self.state.step)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, **self.flags):
-            alpha_step(settings, self.state, training, validation, rate, check)
-            weight_step(settings, self.state, losses.of_weights(self.training, add), check)
+            self._takers[order](StepInput(*labels, draws, self.settings.learning_rate, 0.0))
+
+    def _step(self, settings: SearchConfig, given: StepInput, tell: Tell) -> None:
+        losses = Losses(settings, self._task, self.state, given.draws)
+        set_learning_rate(self.state.weight_optimizer, given.rate)
+        pair = (losses.of(batch, "weights") for batch in (self.training, self.validation))
+        alpha_step(settings, self.state, *pair, given.rate, tell.check)
+        weight_step(settings, self.state, losses.of_weights(self.training, tell.add), tell.check)
 
 
 CASES: Mapping[str, Callable[[Contender], None]] = {

@@ -204,7 +204,7 @@ FREE_OF_ALL = {
 }  # fmt: skip
 FREE_RETRAINING = FREE_OF_ALL | {"source", "channels_last", "compile"}
 FREE_SEARCH = FREE_OF_ALL | {
-    "backend", "oracle", "cutout_length", "cutout_prob", "cutout_schedule",
+    "backend", "graph", "oracle", "cutout_length", "cutout_prob", "cutout_schedule",
     "curvature", "curvature_every", "curvature_decay",
     "stop_rule", "stop_factor", "stop_window", "stop_delta", "stop_start_epoch",
     "adaptive_factor", "adaptive_max", "adaptive_step", "adaptive_drop_path_max",
