@@ -275,11 +275,13 @@ class CudaGraphs:
 
 
 class RecordedSteps(StaticSteps):
-    """Those, recorded and replayed."""
+    """Those, recorded and replayed. recorder: makes a new one."""
 
-    def __init__(self, step: Step, state: SearchState, run: RunDir, recorder: Recorder) -> None:
+    def __init__(
+        self, step: Step, state: SearchState, run: RunDir, recorder: Callable[[], Recorder]
+    ) -> None:
         super().__init__(step, state, run)
-        self._recorder = recorder
+        self._new_recorder, self._recorder = recorder, recorder()
         self._replays: dict[Shape, Callable[[], None] | None] = {}  # None: to be recorded
 
     def _run(self, shape: Shape) -> None:
@@ -295,6 +297,7 @@ class RecordedSteps(StaticSteps):
 
     def _forget(self) -> None:
         self._replays.clear()
+        self._recorder = self._new_recorder()  # memory that no graph has any more is not used again
 
 
 def taker(step: Step, how: str, state: SearchState, run: RunDir) -> Taker:
@@ -302,4 +305,4 @@ def taker(step: Step, how: str, state: SearchState, run: RunDir) -> Taker:
     if how == PLAIN:
         return PlainSteps(step, state, run)
     device = next(state.supernet.parameters()).device
-    return RecordedSteps(step, state, run, CudaGraphs(device))
+    return RecordedSteps(step, state, run, functools.partial(CudaGraphs, device))

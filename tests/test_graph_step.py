@@ -65,7 +65,7 @@ def take_recorded(patch: pytest.MonkeyPatch) -> Tapes:
     tapes = Tapes()
 
     def taker(step: Any, how: str, state: Any, run: Any) -> RecordedSteps:
-        return RecordedSteps(step, state, run, tapes)
+        return RecordedSteps(step, state, run, lambda: tapes)
 
     patch.setattr(graph_step, "taker", taker)
     return tapes
