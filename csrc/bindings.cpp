@@ -133,6 +133,7 @@ PYBIND11_MODULE(_rdarts_fast, module) {
   define_kernels(module);
   define_memory(module);
   define_pools(module);
+  define_correlations(module);
   define_stages(module);
 }
 

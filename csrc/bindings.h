@@ -29,6 +29,7 @@
 namespace rdarts {
 
 void define_cells(pybind11::module_& module);
+void define_correlations(pybind11::module_& module);
 void define_kernels(pybind11::module_& module);
 void define_memory(pybind11::module_& module);
 void define_pools(pybind11::module_& module);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cell.h"
+#include "correlation.h"
 #include "mixing.h"
 #include "moments.h"
 #include "node_sum.h"
@@ -70,6 +71,12 @@ void pool_tangent(const Pool& arguments, int threads);
 template <Unit unit>
 void pool_adjoint(const PoolAdjoint& arguments, int threads);
 
+// correlation.h; float32 and float64.
+template <Unit unit>
+void correlation(const Correlation& arguments, int threads);
+template <Unit unit>
+void correlation_adjoint(const CorrelationAdjoint& arguments, int threads);
+
 namespace cuda {
 
 void philox_bits(int64_t* out, int64_t count, PhiloxStart start, const Place& place);
@@ -90,6 +97,8 @@ void row_gradients(const RowGradients& arguments, const Place& place);
 void pool(const Pool& arguments, const Place& place);
 void pool_tangent(const Pool& arguments, const Place& place);
 void pool_adjoint(const PoolAdjoint& arguments, const Place& place);
+void correlation(const Correlation& arguments, const Place& place);
+void correlation_adjoint(const CorrelationAdjoint& arguments, const Place& place);
 
 // Doubles of workspace that a stage's forward or backward needs; z has `out_shape`.
 int64_t stage_workspace(const Stage& stage, const int64_t* out_shape, bool backward);

@@ -1,6 +1,7 @@
 """The fused kernels: each a public function, its plain torch twin and its derivatives."""
 
 from rdarts_fast.kernels.channel_sums import channel_affine, channel_sums
+from rdarts_fast.kernels.correlation import correlation
 from rdarts_fast.kernels.mixing import mixing
 from rdarts_fast.kernels.node_sum import Noise, node_sum, node_sum_dq, node_sum_dz
 from rdarts_fast.kernels.normalized_sum import normalized_sum
@@ -12,6 +13,7 @@ __all__ = [
     "Pooled",
     "channel_affine",
     "channel_sums",
+    "correlation",
     "mixing",
     "node_sum",
     "node_sum_dq",

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rdarts_fast.draws import SITE_NETWORK, Draws
 from rdarts_fast.errors import UserError, unknown
 from rdarts_fast.genotype import Genotype
-from rdarts_fast.kernels.correlation import correlation_twin, displacements
+from rdarts_fast.kernels.correlation import correlation, correlation_twin, displacements
 from rdarts_fast.networks.disparity_cells import (
     DisparityCell,
     DisparityDiscreteCell,
@@ -192,7 +192,8 @@ class DisparityNet(nn.Module):
     def correlate(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the correlation of the views' features, [N, displacements, h, w]."""
         first, count = displacements(self.settings.max_displacement, self.settings.one_sided)
-        return correlation_twin(left, right, first, count)
+        compute = correlation if self.backend == "fused" else correlation_twin
+        return compute(left, right, first, count)
 
 
 def _head(channels: int, disparity: float) -> nn.Module:
