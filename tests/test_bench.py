@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from bench import (
     contenders,
+    correlation,
     counts,
     curvature,
     kernels,
@@ -321,6 +322,28 @@ def test_kernels_prints_a_table_and_json(printed) -> None:
     assert all(row["percent_of_copy"] > 0 for row in rows[4:])
 
 
+def test_correlation_prints_a_table_and_json(printed, monkeypatch) -> None:
+    monkeypatch.setitem(correlation.SHAPES, "tiny", correlation.Shape(2, 3, 4, 9, 2))
+    tiny = ["--shapes", "tiny", "--seconds", "0", "--no-memory"]
+    assert len(printed(correlation.main, *tiny)) == 2 + 2 * 2 * len(correlation.BASELINES)
+    rows = [json.loads(line) for line in printed(correlation.main, *tiny, "--json")]
+    assert all(set(row) >= FIELDS and row["ratio"] > 0 and row["most"] == 2 for row in rows)
+    assert {row["baseline"] for row in rows} == set(correlation.BASELINES)
+
+
+@pytest.mark.parametrize("way", ["ours", *correlation.BASELINES])
+def test_the_check_of_the_correlation_catches_a_wrong_one(monkeypatch, way: str) -> None:
+    monkeypatch.setitem(correlation.SHAPES, "tiny", correlation.Shape(2, 3, 4, 9, 2))
+    setup = correlation.Setup("tiny", "NCHW")
+    correlation.check(setup)
+    right = correlation.WAYS[way]
+    monkeypatch.setitem(
+        correlation.WAYS, way, lambda a, b, first, count: right(a, b, first + 1, count)
+    )
+    with pytest.raises(AssertionError, match=r"tiny NCHW: .* is off by"):
+        correlation.check(setup)
+
+
 @pytest.fixture
 def search_in_space_with_noise(tmp_path) -> tuple[config.SearchConfig, Classification, SearchState]:
     """A tiny search that has gone on for a few steps, with the same draws in all passes."""
@@ -443,6 +466,7 @@ def test_genotypes_agree_in_edges_and_operations() -> None:
         (second_order.main, ["--space", "s9"], 'unknown space "s9": one of s1, s2, s3'),
         (second_order.main, ["--every", "0"], "--every: expected at least 1, got 0"),
         (kernels.main, ["--kernels", "x"], 'unknown kernel "x": one of node_sum'),
+        (correlation.main, ["--shapes", "x"], 'unknown shape "x": one of 960x540'),
         (kernels.main, ["--batch", "0"], "--batch: expected at least 1, got 0"),
     ],
 )
