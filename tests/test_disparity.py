@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype, discretize, one_hot_weights
-from rdarts_fast.networks import softmax_weights
+from rdarts_fast.networks import BACKENDS, softmax_weights
 from rdarts_fast.networks.disparity import (
     DisparityNetwork,
     DisparitySettings,
@@ -156,8 +156,9 @@ def written_out(network: DisparityNetwork, views: Tensor) -> list[Tensor]:
     return [tensor.squeeze(1) for tensor in (*levels, final)]
 
 
-def test_the_network_is_the_published_one_written_out() -> None:
-    network, views = built(DisparityNetwork, GENOTYPE), random_views()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_network_is_the_published_one_written_out(backend: str) -> None:
+    network, views = built(DisparityNetwork, GENOTYPE, backend=backend), random_views()
     with torch.no_grad():
         found, expected = network(views), written_out(network, views)
     sizes = [(1, 2), (2, 4), (4, 8), (8, 16), (16, 32)]
