@@ -134,6 +134,7 @@ PYBIND11_MODULE(_rdarts_fast, module) {
   define_memory(module);
   define_pools(module);
   define_correlations(module);
+  define_recurrent(module);
   define_stages(module);
 }
 

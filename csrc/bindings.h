@@ -33,6 +33,7 @@ void define_correlations(pybind11::module_& module);
 void define_kernels(pybind11::module_& module);
 void define_memory(pybind11::module_& module);
 void define_pools(pybind11::module_& module);
+void define_recurrent(pybind11::module_& module);
 void define_stages(pybind11::module_& module);
 
 using Shape = std::array<int64_t, 4>;

@@ -12,6 +12,7 @@
 #include "philox.h"
 #include "place.h"
 #include "pool.h"
+#include "recurrent.h"
 #include "stage.h"
 
 namespace rdarts {
@@ -76,6 +77,15 @@ template <Unit unit>
 void correlation(const Correlation& arguments, int threads);
 template <Unit unit>
 void correlation_adjoint(const CorrelationAdjoint& arguments, int threads);
+// recurrent.h; float32 and float64. The first gives the doubles of workspace that the others need.
+template <Unit unit>
+int64_t recurrent_workspace(const RecurrentNode& node);
+template <Unit unit>
+void recurrent_node(const RecurrentForward& arguments, int threads);
+template <Unit unit>
+void recurrent_node_backward(const RecurrentBackward& arguments, int threads);
+template <Unit unit>
+void recurrent_node_second(const RecurrentSecond& arguments, int threads);
 
 namespace cuda {
 
@@ -99,6 +109,11 @@ void pool_tangent(const Pool& arguments, const Place& place);
 void pool_adjoint(const PoolAdjoint& arguments, const Place& place);
 void correlation(const Correlation& arguments, const Place& place);
 void correlation_adjoint(const CorrelationAdjoint& arguments, const Place& place);
+
+int64_t recurrent_workspace(const RecurrentNode& node);
+void recurrent_node(const RecurrentForward& arguments, const Place& place);
+void recurrent_node_backward(const RecurrentBackward& arguments, const Place& place);
+void recurrent_node_second(const RecurrentSecond& arguments, const Place& place);
 
 // Doubles of workspace that a stage's forward or backward needs; z has `out_shape`.
 int64_t stage_workspace(const Stage& stage, const int64_t* out_shape, bool backward);

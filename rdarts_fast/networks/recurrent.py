@@ -14,7 +14,7 @@ without learned scale; the genotype's network does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from rdarts_fast.draws import SITE_NETWORK, Draws
 from rdarts_fast.errors import unknown
 from rdarts_fast.genotype import Genotype
+from rdarts_fast.kernels.recurrent_node import CURVES
+from rdarts_fast.networks.recurrent_cell import recurrent_cell
 from rdarts_fast.networks.search_network import SearchNetwork, Weights
-from rdarts_fast.spaces import Space, load_space
+from rdarts_fast.spaces import Candidates, Space, load_space
 
 INIT_RANGE = 0.04  # of embeddings and the cell's weights, uniform on both sides of 0
 _EMBEDDING, _INPUT, _WORD, _HIDDEN, _OUTPUT = range(5)  # sites of the masks, from SITE_NETWORK on
@@ -69,7 +71,7 @@ def mask(draws: Draws, site: int, shape: Sequence[int], chance: float, like: Ten
 class LanguageModel(nn.Module):
     """Embedding, a recurrent cell, and a decoder tied to the embedding.
 
-    Call `run(words, hidden, draws, step)`; the cell itself is a subclass's.
+    Call `run(words, hidden, draws, cell)`; the cell itself is a subclass's.
     """
 
     embedding: nn.Embedding
@@ -97,14 +99,15 @@ class LanguageModel(nn.Module):
         words: Tensor,
         hidden: Tensor | None,
         draws: Draws,
-        step: Callable[[Tensor, Tensor | None], Tensor],
+        cell: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     ) -> LanguageOutput:
         """Return the outputs for words [T, B] from a hidden state [B, H], zeros where there is
         none.
 
-        step: from s_0 [B, H] and the hidden state's mask to the new hidden state.
+        cell: from embedded words [T, B, H], the hidden state and its states' mask to the hidden
+        states after each word [T, B, H].
         """
-        steps, columns = words.shape
+        columns = words.shape[1]
         weight, size, chance = self.embedding.weight, self.hidden_size, self.dropouts
         if hidden is None:
             hidden = weight.new_zeros(columns, size)
@@ -117,18 +120,31 @@ class LanguageModel(nn.Module):
                 x = x * mask(draws, site, (columns, size), each, weight)
         masked = self.training and chance.hidden > 0.0
         m = mask(draws, _HIDDEN, (columns, size), chance.hidden, weight) if masked else None
-        raw = []
-        for t in range(steps):
-            seen = hidden if m is None else hidden * m
-            c, h = (torch.cat([x[t], seen], dim=1) @ self.w0).chunk(2, dim=1)
-            hidden = step(hidden + torch.sigmoid(c) * (torch.tanh(h) - hidden), m)
-            raw.append(hidden)
-        outputs = torch.stack(raw)
+        outputs = cell(x, hidden, m)
         dropped = outputs
         if self.training and chance.output > 0.0:
             dropped = outputs * mask(draws, _OUTPUT, (columns, size), chance.output, weight)
         logits = self.decoder(dropped.flatten(0, 1))
-        return LanguageOutput(logits, outputs, dropped, hidden)
+        return LanguageOutput(logits, outputs, dropped, outputs[-1])
+
+    def unrolled(
+        self,
+        x: Tensor,
+        hidden: Tensor,
+        m: Tensor | None,
+        step: Callable[[Tensor, Tensor | None], Tensor],
+    ) -> Tensor:
+        """Return the hidden states [T, B, H] of a cell, a word at a time.
+
+        step: from s_0 [B, H] and the mask to the new hidden state.
+        """
+        raw = []
+        for word in x:
+            seen = hidden if m is None else hidden * m
+            c, h = (torch.cat([word, seen], dim=1) @ self.w0).chunk(2, dim=1)
+            hidden = step(hidden + torch.sigmoid(c) * (torch.tanh(h) - hidden), m)
+            raw.append(hidden)
+        return torch.stack(raw)
 
 
 class RecurrentSupernet(LanguageModel, SearchNetwork):
@@ -136,7 +152,8 @@ class RecurrentSupernet(LanguageModel, SearchNetwork):
 
     vocabulary: words known, V. hidden: units of the cell, and numbers that a word is embedded in.
     backend: "reference" is the published form, an operation at a time; "fused" has the same
-    parameters and buffers and computes a node at once. Raises UserError for an unknown backend.
+    parameters and buffers and computes a node at once, on kernels (recurrent_cell.py). Raises
+    UserError for an unknown backend.
     """
 
     def __init__(
@@ -167,33 +184,52 @@ class RecurrentSupernet(LanguageModel, SearchNetwork):
         self.check_weights(weights)
         draws = Draws(seed=int(torch.randint(2**62, ()))) if draws is None else draws
         p = weights["recurrent"]
-        return self.run(words, hidden, draws, lambda s0, m: self._step(s0, m, p))
+        return self.run(words, hidden, draws, lambda x, h, m: self._cell(x, h, m, p))
 
-    def _step(self, s0: Tensor, m: Tensor | None, weights: Tensor) -> Tensor:
+    def _cell(self, x: Tensor, hidden: Tensor, m: Tensor | None, weights: Tensor) -> Tensor:
+        mix, names = curve_weights(weights, self.space.cells["recurrent"])
+        if self.backend == "reference" or x.device.type == "meta":
+            return self.unrolled(x, hidden, m, lambda s0, m: self._step(s0, m, mix, names))
+        curved = not names.isdisjoint({"tanh", "sigmoid"})
+        ws = list(self.ws)
+        return recurrent_cell(x, hidden, m, self.w0, ws, mix, self.norm, curved=curved)
+
+    def _step(self, s0: Tensor, m: Tensor | None, mix: Tensor, names: Collection[str]) -> Tensor:
         states = self.norm(s0)[None]  # [1, B, H]
         for node, w in enumerate(self.ws):
             edges = self.space.edges_into("recurrent", node)
-            names = self.space.cells["recurrent"][edges[0]]
             seen = states if m is None else states * m
             gates = seen @ w  # [J, B, 2 H]
-            value = mixed_node(states, gates, weights[edges.start : edges.stop], names)
+            value = mixed_node(states, gates, mix[edges.start : edges.stop], names)
             states = torch.cat([states, self.norm(value)[None]])
         found: Tensor = states[1:].mean(dim=0)
         return found
 
 
-def mixed_node(states: Tensor, gates: Tensor, weights: Tensor, names: Sequence[str]) -> Tensor:
+def curve_weights(weights: Tensor, candidates: Candidates) -> tuple[Tensor, set[str]]:
+    """Return the weight of each of CURVES on each edge, [E, 4], and the names that occur.
+
+    weights: [E, O], of the operations that `candidates` names; `none` adds nothing.
+    """
+    missing = weights.shape[1]
+    places = [[names.index(c) if c in names else missing for c in CURVES] for names in candidates]
+    padded = torch.cat([weights, torch.zeros_like(weights[:, :1])], dim=1)
+    mix = padded.gather(1, torch.tensor(places, device=weights.device))
+    return mix, {name for names in candidates for name in names}
+
+
+def mixed_node(states: Tensor, gates: Tensor, mix: Tensor, names: Collection[str]) -> Tensor:
     """Return a node of the supernet before its batch norm, [B, H], an operation at a time.
 
     states: [J, B, H], what it can read. gates: [J, B, 2 H], the states' products with the node's
-    matrix. weights: [J, O]. names: of the O operations; `none` adds nothing.
+    matrix. mix: [J, 4], weights of CURVES. names: those that occur.
     """
     c, u = gates.chunk(2, dim=-1)
     c = torch.sigmoid(c)
     terms = [
-        torch.sum(weights[:, o, None, None] * (states + c * (ACTIVATIONS[name](u) - states)), dim=0)
-        for o, name in enumerate(names)
-        if name != "none"
+        torch.sum(mix[:, f, None, None] * (states + c * (ACTIVATIONS[name](u) - states)), dim=0)
+        for f, name in enumerate(CURVES)
+        if name in names
     ]
     total: Tensor = sum(terms[1:], terms[0])
     return total
@@ -220,7 +256,7 @@ class RecurrentNetwork(LanguageModel):
         zeros.
         """
         draws = Draws(seed=int(torch.randint(2**62, ()))) if draws is None else draws
-        return self.run(words, hidden, draws, self._step)
+        return self.run(words, hidden, draws, lambda x, h, m: self.unrolled(x, h, m, self._step))
 
     def _step(self, s0: Tensor, m: Tensor | None) -> Tensor:
         states = [s0]
