@@ -170,7 +170,7 @@ class _NodeBackward(Function):
     def backward(ctx: Any, *along: Tensor) -> Any:
         saved = ctx.saved_tensors
         if not ctx.curved:
-            along = _without_curves(along[0]), *along[1:]
+            along = without_curves(along[0]), *along[1:]
         if torch.is_grad_enabled():  # a third derivative: seldom, and exact in plain torch
             return None, *_differentiated_twin(saved, along)
         g, mix, *tensors = saved
@@ -197,7 +197,8 @@ class _NodeBackward(Function):
         return None, tangent, *made.results(ctx.curved)
 
 
-def _without_curves(mix: Tensor) -> Tensor:
+def without_curves(mix: Tensor) -> Tensor:
+    """Return mix or its gradient [., 4] with zeros for tanh and sigmoid."""
     return mix * mix.new_tensor([name not in ("tanh", "sigmoid") for name in CURVES])
 
 
@@ -218,7 +219,7 @@ class _Made:
     def results(self, curved: bool) -> tuple[Tensor, ...]:
         """Return them in order; without curves, tanh and sigmoid have no gradient."""
         mix = self.mix.to(self.dtype)
-        mix = mix if curved else _without_curves(mix)
+        mix = mix if curved else without_curves(mix)
         return mix, *self.states.unbind(), *self.gates.unbind()
 
 

@@ -25,6 +25,7 @@ from rdarts_fast.kernels.recurrent_node import (
     RUNNING_NORM,
     node_at,
     recurrent_node,
+    without_curves,
     workspace,
 )
 
@@ -343,6 +344,7 @@ class _Backward:
             seen = before if self.mask is None else before * self.mask
             dw0 = torch.cat([self.x, seen], dim=2).flatten(0, 1).t() @ dgates0
         dmix = self.dmix[:, 1:].sum(dim=0).to(self.mix.dtype)
+        dmix = dmix if self.cell.curved else without_curves(dmix)
         dws = [None] * len(self.ws) if self.dwall is None else self._parts(self.dwall)
         return dx, carried, dw0, dmix, *dws
 
