@@ -6,8 +6,8 @@
 
 Steps: build (wheels, the native module for one GPU generation, the program of tests/all_kernels),
 test (the kernels' tests on the GPU), sanitize (compute-sanitizer over every kernel), bench
-(search_step, kernels, roofline, curvature, slowest) and search (S4 on CIFAR-10). They need no
-network. Each has a time box, and is run where an earlier one failed; after each the results are
+(search_step, kernels, roofline, reached, curvature, slowest) and search (S4 on CIFAR-10). They need
+no network. Each has a time box, and is run where an earlier one failed; after each the results are
 written, as JSON and as a table, to bench/results/<gpu>-<date>. What was not measured is left out.
 
 What Python lacks is taken from wheels in bench/wheels, which one command fills where there is a

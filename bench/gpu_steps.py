@@ -17,8 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS = ROOT / "bench" / "wheels"
 PACKAGES = ("tyro", "docstring-parser", "typeguard")  # pure Python, and rarely beside a torch
+BUILDS = ("setuptools>=77",)  # an older one cannot read pyproject.toml
 WHEELS_COMMAND = (
-    "python3 -m pip download --no-deps --only-binary=:all: -d bench/wheels " + " ".join(PACKAGES)
+    "python3 -m pip download --no-deps --only-binary=:all: -d bench/wheels "
+    + " ".join(f"'{name}'" for name in (*PACKAGES, *BUILDS))
 )
 
 Command = list[str]
@@ -64,6 +66,8 @@ class Book:
         else:
             chosen |= {"RDARTS_CUDA": "1"}
             chosen["RDARTS_CUDA_ARCHS"] = os.environ.get("RDARTS_CUDA_ARCHS", "90")
+        beside = str(Path(self.python).parent)  # where cmake and ninja may lie
+        chosen["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), beside])
         return {**os.environ, **chosen}
 
 
@@ -115,10 +119,16 @@ def program(book: Book) -> list[Command]:
         return [[book.python, "-c", text]]
     folder = book.scratch / "program"
     script = "import pybind11; print(pybind11.get_cmake_dir())"
-    found = subprocess.run([book.python, "-c", script], capture_output=True, text=True)
-    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
+    environment = book.environment()
+    found = subprocess.run(
+        [book.python, "-c", script], env=environment, capture_output=True, text=True
+    )
+    cmake = shutil.which("cmake", path=environment["PATH"])
+    if cmake is None or found.returncode != 0:
+        raise Missing("cmake or pybind11 was not found")
+    configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
     configure += [f"-DPython_EXECUTABLE={book.python}", f"-Dpybind11_DIR={found.stdout.strip()}"]
-    return [configure, ["cmake", "--build", str(folder), "--target", "rdarts_all_kernels"]]
+    return [configure, [cmake, "--build", str(folder), "--target", "rdarts_all_kernels"]]
 
 
 def info(book: Book) -> list[Command]:
@@ -128,9 +138,8 @@ def info(book: Book) -> list[Command]:
 def kernel_tests(book: Book) -> list[Command]:
     options = ["-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
     if book.dry:
-        return [book.module("pytest", *options, "tests/test_kernels.py", "-k", "cpu-base and dq")]
-    names = ("kernels", "stage", "stage_input", "pool", "cell", "fused", "resources")
-    files = [f"tests/test_{name}.py" for name in names if (ROOT / f"tests/test_{name}.py").exists()]
+        return [book.module("pytest", *options, "tests/test_stage.py", "-k", "cpu-base and relu")]
+    files = [f"tests/test_{name}.py" for name in ("kernels", "stage", "pool", "fused", "resources")]
     return [book.module("pytest", *options, *files, "-k", "(cuda and not host) or resources")]
 
 
@@ -187,6 +196,11 @@ def roofline(book: Book) -> list[Command]:
     return [book.module("bench.roofline", "--json", *sizes, "--device", book.device)]
 
 
+def reached(book: Book) -> list[Command]:
+    sizes = ("--batch", 1, "--copy-mb", 1, "--seconds", 0) if book.dry else ("--copy-mb", 4096)
+    return [book.module("bench.reached", "--json", *sizes, "--device", book.device)]
+
+
 def curvature(book: Book) -> list[Command]:
     sizes = (*TINY, "--train-steps", 1, "--spaces", "s5", "--seconds", 0)
     chosen = sizes if book.dry else ("--spaces", "s4", "--seconds", 2)
@@ -222,6 +236,7 @@ STEPS = (
     Step("bench", "search_step", 150, search_step, least=60),
     Step("bench", "kernels", 60, kernels, least=20),
     Step("bench", "roofline", 30, roofline),
+    Step("bench", "reached", 40, reached, least=15),
     Step("bench", "curvature", 80, curvature, least=30),
     Step("bench", "slowest", 60, slowest, least=20),
     Step("search", "search", 150, search, least=80),

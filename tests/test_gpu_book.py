@@ -171,7 +171,8 @@ def test_every_command_is_one_that_its_program_takes(
                 if word.startswith("tests/"):
                     assert (gpu_steps.ROOT / word).exists()
     assert parsed == {
-        *("search_step", "kernels", "roofline", "curvature", "slowest", "whole_search"),
+        *("search_step", "kernels", "roofline", "reached", "curvature", "slowest"),
+        "whole_search",
     }
 
 
@@ -227,7 +228,7 @@ def test_a_dry_run_does_every_step(tmp_path: Path) -> None:
     assert list(steps) == [step.name for step in STEPS]
     skipped = {name for name, step in steps.items() if step["status"] == "skipped"}
     assert skipped == {"wheels", "planted fault"}
-    for name in ("search_step", "kernels", "roofline", "curvature", "slowest", "search"):
+    for name in ("search_step", "kernels", "roofline", "reached", "curvature", "slowest", "search"):
         assert steps[name]["rows"], name
     assert "extrapolated_50_epochs_seconds" in steps["search"]["rows"][0]
     assert "| search | ok |" in path.with_suffix(".md").read_text()

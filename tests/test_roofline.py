@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import roofline
+from bench import reached, roofline
 from bench.contenders import CLASSES, Setup
 from bench.roofline import DATASHEETS, Machine
 from bench.work import Images, Work, forward_backward, merged, summed
@@ -147,3 +147,28 @@ def test_a_wrong_choice_is_one_line(
         roofline.main()
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_reached_is_the_floor_over_the_time(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["reached", "--json", "--batch", "2", "--copy-mb", "1", "--seconds", "0"]
+    )
+    reached.main()
+    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 3 * len(reached.SHAPES)
+    for row in rows:
+        assert row["ms"] > 0 < row["floor_ms"]
+        assert row["percent_of_floor"] == pytest.approx(
+            100 * row["floor_ms"] / row["ms"], abs=0.2, rel=2e-3
+        )
+    sums = [row for row in rows if row["kernel"] == "node_sum"]
+    assert sums[0]["floor_ms"] == pytest.approx(2 * sums[1]["floor_ms"], rel=1e-2)
+
+
+def test_the_works_that_are_timed_are_those_of_a_cell() -> None:
+    images = Images(64, 16, 32)
+    found = {name: work for name, (_, work) in reached.kernels(images).items()}
+    # One state and the first stages of the four convolutions that leave it.
+    assert found["sep_stage"].numbers == 5 * images.numbers
+    assert found["sep_stage"].vector + found["sep_stage"].matrix == 4 * (18 + 32) * images.numbers
+    assert found["node_sum"].numbers == 11 * images.numbers
