@@ -132,6 +132,8 @@ def main() -> None:
     cifar10 = os.environ.get("CIFAR10")
     book = Book(parsed.dry, scratch, Path(cifar10).absolute() if cifar10 else None)
     head = head_of(book)
+    if head["gpu"] == "unknown" and parsed.groups != ["build"]:
+        sys.exit("error: nvidia-smi names no GPU; --dry does every step at a tiny size on the CPU")
     out = parsed.out or (scratch / "results" if parsed.dry else ROOT / "bench" / "results")
     report = Report.open(out.absolute() / f"{name_of(head)}.json", head)
 

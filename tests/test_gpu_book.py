@@ -219,6 +219,14 @@ def test_wrong_words_are_told() -> None:
     assert "pip download --no-deps" in wheels and "tyro" in wheels
 
 
+def test_without_a_gpu_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+    monkeypatch.setattr(sys, "argv", ["gpu.sh", "test", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="nvidia-smi names no GPU; --dry"):
+        gpu.main()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_a_dry_run_does_every_step(tmp_path: Path) -> None:
     done = run("all", "--dry", "--scratch", str(tmp_path), OMP_NUM_THREADS="1")
