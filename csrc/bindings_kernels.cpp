@@ -22,6 +22,9 @@ void run(const Affine& arguments, const Place& place) {
 void run(const ChannelSums& arguments, const Place& place) {
   RDARTS_LAUNCH(channel_sums, arguments, place.threads);
 }
+void run(const Rounding& arguments, const Place& place) {
+  RDARTS_LAUNCH(rounding, arguments, place.threads);
+}
 void run(const NormalizationBackward& arguments, const Place& place) {
   RDARTS_LAUNCH(normalize_backward, arguments);
 }
@@ -39,6 +42,22 @@ int64_t partial_sums(const Shape& shape, int64_t inputs, int64_t sites, const Pl
 // Doubles of workspace of any function below: partial sums, sums and coefficients.
 int64_t workspace(const Shape& shape, int64_t inputs, int64_t sites, const Place& place) {
   return partial_sums(shape, inputs, sites, place) + 5 * inputs * shape[1];
+}
+
+// z, out: K addresses each, of `count` numbers, channels innermost.
+void rounding_at(const Addresses& z, const Addresses& out, int64_t count, int64_t channels,
+                 Address scale, Address shift, const Place& place) {
+  if (z.empty() || z.size() > kMostInputs || out.size() != z.size()) {
+    throw std::invalid_argument("z: expected 1 to 64 tensors and as many results, got " +
+                                std::to_string(z.size()) + " and " + std::to_string(out.size()));
+  }
+  Rounding a = {};
+  a.inputs = static_cast<int>(z.size()), a.count = count, a.channels = channels;
+  for (int k = 0; k < a.inputs; ++k) {
+    a.z[k] = pointer<const float>(z[k]), a.out[k] = pointer<uint16_t>(out[k]);
+  }
+  a.scale = pointer<const float>(scale), a.shift = pointer<const float>(shift);
+  run(a, place);
 }
 
 void node_sum_at(int dtype, const Shape& shape, const Numbers& tensors, Address scale,
@@ -214,6 +233,7 @@ void define_kernels(py::module_& module) {
   module.def("channel_sums", &channel_sums_at, "z...; sums, then workspace.", released);
   module.def("node_sum_dq", &node_sum_dq_at, "g, z...; sums, then workspace.", released);
   module.def("normalized_sum", &normalized_sum_at, "out, z...", released);
+  module.def("rounding", &rounding_at, "z..., out...; channels innermost.", released);
   module.def("normalized_sum_backward", &normalized_sum_backward_at, "g, z..., dz...", released);
 }
 

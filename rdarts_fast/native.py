@@ -106,6 +106,13 @@ def _misfit(index: int, archs: tuple[str, ...], runtime: str) -> str | None:
     return gpu_fit.misfit(10 * major + minor, gpu_fit.driver_version(), build)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Say whether kernels take bfloat16 tensors there: on a GPU; on the CPU where it is emulated
+    (kernels/emulation.py).
+    """
+    return device.type != "cpu" or bool(getattr(extension, "emulates_bfloat16", False))
+
+
 def place(device: torch.device) -> Any:
     """Return the extension's Place for `device`: unit and threads, or CUDA device and stream."""
     if device.type == "cuda":

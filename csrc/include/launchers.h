@@ -13,6 +13,7 @@
 #include "place.h"
 #include "pool.h"
 #include "recurrent.h"
+#include "rounding.h"
 #include "stage.h"
 
 namespace rdarts {
@@ -64,6 +65,10 @@ void sep_stage_backward(const StageBackward& arguments, int threads);
 template <Unit unit>
 void tangent_moments(const TangentMoments& arguments, int threads);
 
+// rounding.h
+template <Unit unit>
+void rounding(const Rounding& arguments, int threads);
+
 // pool.h says what they compute; float32 and float64.
 template <Unit unit>
 void pool(const Pool& arguments, int threads);
@@ -104,6 +109,7 @@ void normalize_backward(const NormalizationBackward& arguments, const Place& pla
 void term_coefficients(const TermCoefficients& arguments, const Place& place);
 void term_gradients(const TermGradients& arguments, const Place& place);
 void row_gradients(const RowGradients& arguments, const Place& place);
+void rounding(const Rounding& arguments, const Place& place);
 void pool(const Pool& arguments, const Place& place);
 void pool_tangent(const Pool& arguments, const Place& place);
 void pool_adjoint(const PoolAdjoint& arguments, const Place& place);

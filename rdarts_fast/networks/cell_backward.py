@@ -48,7 +48,8 @@ class CellBackward(CellPass):
         dweights = torch.zeros_like(self.weights)
         for node in reversed(range(len(self.plan.nodes))):
             found, state = self.plan.nodes[node], node + INPUTS
-            self.ds[state] = self.gradient_of(state, _dense(g[node]))
+            own = _dense(g[node].to(self.like.dtype))  # float32's in bfloat16, by the setting
+            self.ds[state] = self.gradient_of(state, own)
             self.table.node_backward(
                 self.ds[state],
                 [self.kept.z[row] for row in found.terms.rows],
@@ -202,17 +203,17 @@ class CellBackward(CellPass):
         x, result = self.kept.singles[single.row]
         (by_g, _, _), factors = self.table.rows(single.row, 1), self.factors_of([single.edge])
         ds = self.gradients_into([single.edge])
-        g = launch_node_sum(None, by_g, None, factors, None, None, ds)
+        g = launch_node_sum(None, by_g, None, factors, None, None, ds).to(result.dtype)
         parameters = self.own_parameters[single.parameters]
         wanted = [p for p in parameters if p.requires_grad and self.wants_parameters]
         if not result.requires_grad:
-            return torch.zeros_like(x)
+            return torch.zeros_like(x, dtype=self.like.dtype)
         dx, *found = torch.autograd.grad(
             result, [x, *wanted], g, retain_graph=True, allow_unused=True
         )
         by_parameter = dict(zip(map(id, wanted), found, strict=True))
         self.dparameters[single.parameters] = [by_parameter.get(id(p)) for p in parameters]
-        return torch.zeros_like(x) if dx is None else dx
+        return (torch.zeros_like(x) if dx is None else dx).to(self.like.dtype)
 
 
 def _dense(g: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ class Setting:
     counts: Sequence[int]  # tensors that make up each input
     training: bool  # the cell's mode
     recorded: bool  # whether there may be a backward
+    narrow: bool = False  # whether the backward has bfloat16
+    again: bool = False  # whether the backward computes the forward again
 
     def split(self, tensors: Sequence[Any]) -> tuple[list[list[Any]], list[Any]]:
         """Return those of the two inputs, and those of the parameters."""

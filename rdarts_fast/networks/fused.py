@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from rdarts_fast.draws import Draws
 from rdarts_fast.kernels import channel_affine, normalized_sum
 from rdarts_fast.kernels.array import check_coefficients, check_inputs
 from rdarts_fast.networks.cell_backward import CellBackward
-from rdarts_fast.networks.cell_forward import CellForward, Setting, buffers_of
+from rdarts_fast.networks.cell_forward import CellForward, Kept, Setting, buffers_of
+from rdarts_fast.networks.checkpointed import buffers_aside, drawing_from, random_states
 from rdarts_fast.networks.composed import composed_cell
+from rdarts_fast.networks.narrow import narrowed
 from rdarts_fast.networks.plan import Plan
 
 
@@ -30,12 +33,18 @@ def fused_cell(
     weights: Tensor,
     draws: Draws,
     factors: Tensor | None,
+    *,
+    narrow: bool = False,
+    again: bool = False,
 ) -> list[Tensor]:
     """Return the nodes of a cell, [N, C, H, W] each, channels innermost.
 
     cell: a SearchCell. plan: its, which is whole. inputs: the two, each as the tensors whose
     channels make it up, all of one size. weights: [E, O]. factors: drop path's, [E, N] or None.
-    Raises TypeError and ValueError.
+    narrow: whether the backward pass of a float32 cell has its tensors in bfloat16; it then has no
+    derivative. again: whether it computes the forward pass again, of which nothing is kept then but
+    the inputs (in train mode; in eval mode that could have other statistics). Raises TypeError and
+    ValueError.
     """
     parameters = plan.parameters()
     _check(cell, plan, inputs, weights, parameters)
@@ -47,7 +56,9 @@ def fused_cell(
         )
     counts = [len(tensors) for tensors in inputs]
     recorded = torch.is_grad_enabled()
-    setting = Setting(cell, plan, draws, factors, counts, cell.training, recorded)
+    again = again and recorded and cell.training
+    ways = (recorded and not again, narrow and recorded, again)
+    setting = Setting(cell, plan, draws, factors, counts, cell.training, *ways)
     return list(_Cell.apply(setting, weights, *inputs[0], *inputs[1], *parameters))
 
 
@@ -109,8 +120,15 @@ class _Cell(Function):
     @staticmethod
     def forward(ctx: Any, setting: Setting, weights: Tensor, *tensors: Tensor) -> Any:
         ctx.setting = setting
+        draws = setting.again and any(source.singles for source in setting.plan.sources)
+        ctx.states = random_states(tensors[0].device) if draws else None
         run = CellForward(setting, weights.contiguous(), tensors)
         nodes = run.compute()
+        if setting.again:
+            ctx.save_for_backward(weights, *tensors)
+            return tuple(nodes)
+        if setting.narrow:
+            tensors = _rounded(run, setting, tensors)
         ctx.kept, taken = run.kept.taken()
         ctx.save_for_backward(weights, *tensors, *taken)
         return tuple(nodes)
@@ -121,9 +139,34 @@ class _Cell(Function):
         weights, *rest = ctx.saved_tensors
         tensors, taken = rest[: len(needs) - 1], rest[len(needs) - 1 :]
         if torch.is_grad_enabled():  # create_graph: derivatives that have their own
+            if setting.narrow:
+                raise RuntimeError("--precision bf16 has no second derivatives: use fp32")
             return None, *_recorded_backward(setting, [weights, *tensors], needs, g)
-        kept = ctx.kept.restored(taken)
+        if setting.again:
+            with drawing_from(ctx.states, g[0].device):
+                tensors, kept = _again(setting, weights, tensors)
+        else:
+            kept = ctx.kept.restored(taken)
         return None, *CellBackward(setting, weights.contiguous(), tensors, kept, needs).compute(g)
+
+
+def _rounded(run: CellForward, setting: Setting, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Round what a pass keeps; return the inputs, rounded, and the parameters."""
+    count = sum(setting.counts)
+    return *narrowed(run.kept, setting.plan, tensors[:count]), *tensors[count:]
+
+
+def _again(
+    setting: Setting, weights: Tensor, tensors: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Kept]:
+    """Compute the forward pass again; return what its backward takes, tensors and what is kept."""
+    setting = replace(setting, recorded=True, again=False)
+    with _as_it_was(setting, tensors[sum(setting.counts) :]):
+        run = CellForward(setting, weights.contiguous(), tensors)
+        run.compute()
+    if setting.narrow:
+        tensors = _rounded(run, setting, tensors)
+    return tensors, run.kept
 
 
 @contextmanager
@@ -132,18 +175,14 @@ def _as_it_was(setting: Setting, parameters: Sequence[Tensor]) -> Iterator[None]
     and with copies of its buffers, which it may move.
     """
     modules = [(part, part.training) for part in setting.cell.modules()]
-    tables = [
-        (table, dict(table)) for part, _ in modules for table in (part._buffers, part._parameters)
-    ]
-    for part, _ in modules:
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = None if buffer is None else buffer.clone()
+    tables = [(part._parameters, dict(part._parameters)) for part, _ in modules]
     for (part, name), parameter in zip(setting.plan.owners, parameters, strict=True):
         own: dict[str, Any] = part._parameters
         own[name] = parameter
     setting.cell.train(setting.training)
     try:
-        yield
+        with buffers_aside(setting.cell):
+            yield
     finally:
         for table, before in tables:
             table.update(before)

@@ -23,6 +23,7 @@ from rdarts_fast.curvature import HessianOperator
 from rdarts_fast.curvature.operators import check_vectors, flat
 from rdarts_fast.draws import Draws
 from rdarts_fast.networks.passes import SupernetPasses, parts_of
+from rdarts_fast.networks.precision import FP32
 from rdarts_fast.spaces import CELL_TYPES
 
 DIRECTIONS_A_PRODUCT = 3.0  # of the dense matrix, that cost about as much as one product
@@ -136,7 +137,9 @@ def hessian_operator(
     draws: Draws,
     memory: int,
 ) -> SupernetHessian | HessianOperator:
-    """Return the operator; see `Supernet.hessian_operator`."""
+    """Return the operator; see `Supernet.hessian_operator`. Whatever the supernet's precision, it
+    is computed in float32.
+    """
     alphas = {kind: alphas[kind] for kind in CELL_TYPES}
     parameters = list(supernet.parameters())
     # Copies, which a pass may move: what is differentiated later must stay as it is.
@@ -144,7 +147,12 @@ def hessian_operator(
 
     def loss() -> Tensor:
         weights = {kind: alpha.softmax(dim=-1) for kind, alpha in alphas.items()}
-        logits = torch.func.functional_call(supernet, buffers, (images, weights, draws))
+        before = supernet.precision, supernet.checkpoint_cells
+        supernet.compute(FP32)
+        try:
+            logits = torch.func.functional_call(supernet, buffers, (images, weights, draws))
+        finally:
+            supernet.compute(*before)
         return F.cross_entropy(logits, labels)
 
     def by_differentiating() -> HessianOperator:

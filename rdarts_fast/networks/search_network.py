@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from rdarts_fast.draws import SITE_ALPHAS, Draws
-from rdarts_fast.errors import UserError
+from rdarts_fast.errors import UserError, unknown
 from rdarts_fast.networks.operations import Probability
+from rdarts_fast.networks.precision import BF16, FP32, PRECISIONS
 from rdarts_fast.spaces import Space
 
 ALPHA_SCALE = 1e-3
@@ -28,13 +29,29 @@ class SearchNetwork(nn.Module):
     """A network in which every edge computes the weighted sum of all its candidate operations.
 
     `drop_path_prob` is the probability of dropping an edge per sample, in train mode only; the
-    search sets it each epoch, a recorded step makes it a tensor on the device.
+    search sets it each epoch, a recorded step makes it a tensor on the device. `precision` is one
+    of networks/precision.py.
     """
+
+    has: Collection[str] = ()  # of --precision bf16 and --checkpoint-cells
 
     def __init__(self, space: Space) -> None:
         super().__init__()
         self.space = space
         self.drop_path_prob: Probability = 0.0
+        self.precision, self.checkpoint_cells = FP32, False
+
+    def compute(self, precision: str = FP32, checkpoint_cells: bool = False) -> None:
+        """Compute by networks/precision.py and, with `checkpoint_cells`, each cell's forward pass
+        again in its backward. Raises UserError for what the network does not have.
+        """
+        if precision not in PRECISIONS:
+            raise unknown("precision", precision, PRECISIONS)
+        asked = {"--precision bf16": precision == BF16, "--checkpoint-cells": checkpoint_cells}
+        for name, wanted in asked.items():
+            if wanted and name not in self.has:
+                raise UserError(f"{name}: not for the space {self.space.name}")
+        self.precision, self.checkpoint_cells = precision, checkpoint_cells
 
     def initial_alphas(self, seed: int) -> dict[str, Tensor]:
         """Return the alphas at the start, 1e-3 x N(0, 1) drawn from `seed`: cell type -> [E, O],

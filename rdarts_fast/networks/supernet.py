@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from rdarts_fast.curvature import HessianOperator
 from rdarts_fast.draws import SITE_NETWORK, Draws
-from rdarts_fast.errors import unknown
+from rdarts_fast.errors import UserError, unknown
+from rdarts_fast.networks.checkpointed import checkpointed
 from rdarts_fast.networks.composed import composed_cell, joined
 from rdarts_fast.networks.fused import fused_cell, fused_stem
 from rdarts_fast.networks.hessian import SupernetHessian, hessian_operator
@@ -32,6 +34,7 @@ from rdarts_fast.networks.operations import (
     stem,
 )
 from rdarts_fast.networks.plan import Plan
+from rdarts_fast.networks.precision import BF16, FP32
 from rdarts_fast.networks.search_network import SearchNetwork, Weights
 from rdarts_fast.spaces import INPUTS, Space, edges_into, load_space
 
@@ -41,6 +44,7 @@ SITES_PER_CELL = 4096  # a cell's draws: drop path at its first site, then one s
 SITES_PER_EDGE = 16
 
 States = Sequence[Tensor]
+Parts = Callable[[Sequence[States], Tensor, Draws, Tensor | None], list[Tensor]]
 
 
 def is_reduction(cell: int, layers: int) -> bool:
@@ -109,6 +113,7 @@ class SearchCell(nn.Module):
     ) -> None:
         super().__init__()
         self.kind, self.nodes, self.site, self.fused = kind, space.nodes, site, fused
+        self.narrow = self.again = False  # see fused_cell
         self.preprocess0 = preprocess(inputs[0], channels, shrunk, affine=False)
         self.preprocess1 = preprocess(inputs[1], channels, False, affine=False)
         self.edges = nn.ModuleList()
@@ -137,18 +142,42 @@ class SearchCell(nn.Module):
             factors = drop_path_factors(
                 draws, self.site, len(self.edges), like, drop_path
             )  # [E, N]
-        if not self.fused:
-            return [self._reference(joined(s0), joined(s1), weights, draws, factors)]
-        plan = self.plan()
-        if any(norm.training is not self.training for norm in plan.norms):  # some are held still
-            return [self._reference(joined(s0), joined(s1), weights, draws, factors)]
+        plan = self.plan() if self.fused else None
+        # Modules, too, where some batch norms are held still.
+        if plan is None or any(norm.training is not self.training for norm in plan.norms):
+            return self._by_parts(self._reference, s0, s1, weights, draws, factors)
         if plan.whole and s0[0].device.type != "meta":
-            return fused_cell(self, plan, (s0, s1), weights, draws, factors)
-        return composed_cell(self, (s0, s1), weights, draws, factors)
+            ways = {"narrow": self.narrow, "again": self.again}
+            return fused_cell(self, plan, (s0, s1), weights, draws, factors, **ways)
+        return self._by_parts(partial(composed_cell, self), s0, s1, weights, draws, factors)
+
+    def _by_parts(
+        self,
+        compute: Parts,
+        s0: States,
+        s1: States,
+        weights: Tensor,
+        draws: Draws,
+        factors: Tensor | None,
+    ) -> list[Tensor]:
+        """Return what a way of computing the cell gives that autograd can look into."""
+        if not (self.again and self.training and torch.is_grad_enabled()):
+            return compute((s0, s1), weights, draws, factors)
+
+        def of_tensors(weights: Tensor, *tensors: Tensor) -> list[Tensor]:
+            inputs = tensors[: len(s0)], tensors[len(s0) :]
+            return compute(inputs, weights, draws, factors)
+
+        return checkpointed(self, of_tensors, [weights, *s0, *s1])
 
     def _reference(
-        self, s0: Tensor, s1: Tensor, weights: Tensor, draws: Draws, factors: Tensor | None
-    ) -> Tensor:
+        self,
+        inputs: Sequence[States],
+        weights: Tensor,
+        draws: Draws,
+        factors: Tensor | None,
+    ) -> list[Tensor]:
+        s0, s1 = map(joined, inputs)
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for node in range(self.nodes):
             terms = []
@@ -156,7 +185,7 @@ class SearchCell(nn.Module):
                 term = self.edges[e](states[source], weights[e], draws)
                 terms.append(term if factors is None else term * factors[e].view(-1, 1, 1, 1))
             states.append(sum(terms[1:], terms[0]))
-        return torch.cat(states[INPUTS:], dim=1)
+        return [torch.cat(states[INPUTS:], dim=1)]
 
     def plan(self) -> Plan:
         """Return what the kernels compute of this cell.
@@ -200,6 +229,8 @@ class Supernet(SearchNetwork):
     only; the search sets it each epoch. Raises UserError for an unknown backend.
     """
 
+    has = ("--precision bf16", "--checkpoint-cells")
+
     def __init__(
         self,
         space: Space | str,
@@ -229,6 +260,14 @@ class Supernet(SearchNetwork):
             inputs = (inputs[1], self.space.nodes * channels)
             shrunk = kind == "reduce"
         self.classifier = nn.Linear(inputs[1], classes)
+
+    def compute(self, precision: str = FP32, checkpoint_cells: bool = False) -> None:
+        super().compute(precision, checkpoint_cells)
+        if precision == BF16 and self.backend != "fused":
+            raise UserError(f"--precision bf16: the {self.backend} backend has float32 alone")
+        for cell in self.cells:
+            assert isinstance(cell, SearchCell)
+            cell.narrow, cell.again = precision == BF16, checkpoint_cells
 
     def forward(self, images: Tensor, weights: Weights, draws: Draws | None = None) -> Tensor:
         """Return the logits [N, classes] of images [N, C, H, W] under the operations' weights.
