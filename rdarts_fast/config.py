@@ -91,6 +91,8 @@ class RunConfig:
     """L2 factor on the weights; the paper searches with 3e-4 x 1, 3, 9, 27, 81."""
     grad_clip: float = 5.0
     """Largest norm of the weights' gradient."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """tf32, bf16: for GPUs of compute capability 8.0 or more; see networks/precision.py."""
     drop_path_prob: float = 0.0
     """Chance of dropping an edge at the last epoch, linear from 0 (the paper: 0 to 0.6)."""
     flip: bool | None = None
@@ -117,6 +119,8 @@ class SupernetConfig(RunConfig):
     """s1 to s4, s5 (the paper's), darts (8 operations; the official code's s5), or a .json file."""
     backend: Literal["fused", "reference"] = "fused"
     """fused: whole cells on kernels; reference: one torch module per candidate, as published."""
+    checkpoint_cells: bool = False
+    """Keep a cell's inputs alone and compute it again in the backward: less memory, more time."""
     learning_rate_min: float = 0.001
     """SGD's learning rate at the end of the cosine."""
 
@@ -266,8 +270,8 @@ class RetrainConfig(RunConfig):
     """A second classifier after two thirds of the cells; off below a 4x4 feature map."""
     auxiliary_weight: float = 0.4
     """Weight of the auxiliary loss."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16: convolutions in bfloat16 by autocast, weights in float32; for GPUs."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """tf32: products in TF32; bf16: by autocast, weights in float32; for GPUs."""
     channels_last: bool = False
     """Keep images and weights with channels innermost; faster on GPUs, other bits."""
     compile: bool = False

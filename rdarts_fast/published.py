@@ -154,6 +154,7 @@ _SEARCH: _Expected = _BOTH | {
     "epsilon_scale": (0.01,),
     "implicit": ("difference",),
     "noise_per_pass": ("fresh",),
+    "precision": ("fp32",),
     "alpha_learning_rate": (3e-4,),
     "alpha_beta1": (0.5,),
     "alpha_beta2": (0.999,),
@@ -191,7 +192,7 @@ _RETRAINING: _Expected = (
         "holdout": (False,),
         "auxiliary": (True,),
         "auxiliary_weight": (0.4,),
-        "precision": ("float32",),
+        "precision": ("fp32", "float32"),  # the latter is its older name
     }
 )
 _LAST_GENOTYPE = ("", "49")

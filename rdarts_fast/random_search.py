@@ -53,7 +53,9 @@ def _random_search(settings: RandomSearchConfig, device: torch.device) -> Run:
     resumed = settings.resume
     space = load_space(settings.space if resumed is None else resumed / SPACE)
     task = tasks.load(settings, device)
-    state = RandomSearchState.start(settings, task.supernet(settings, space).to(device))
+    supernet = task.supernet(settings, space).to(device)
+    supernet.compute(settings.precision, settings.checkpoint_cells)
+    state = RandomSearchState.start(settings, supernet)
     where = training.environment(device, settings, task.fingerprint()) | task.about_data()
     name = f"random-{space.name}-{training.plain(task.data_name)}-seed{settings.seed}"
     files = {SPACE: json.dumps(space.to_dict())}
@@ -387,7 +389,8 @@ def announce(
         smaller = f"these are the smaller defaults of {task.data_name}"
         print(f"{smaller}; --preset paper has the published ones")
     print(
-        f"backend {settings.backend}, device {where['device']}, float32, {where['threads']} threads"
+        f"backend {settings.backend}, device {where['device']}, {training.ways(settings)}, "
+        f"{where['threads']} threads"
     )
     print(f"run folder: {run.folder}", flush=True)
 

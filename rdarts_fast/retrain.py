@@ -24,6 +24,7 @@ from rdarts_fast.errors import UserError, exit_on_user_error
 from rdarts_fast.events import Events
 from rdarts_fast.genotype import Genotype, read_genotype
 from rdarts_fast.metrics import Outcome, Sums, metric_of
+from rdarts_fast.networks.precision import BF16
 from rdarts_fast.ranks import Bystander, Part, Ranks, joined, prints_here
 from rdarts_fast.run_dir import RESULT, Run, RunDir
 from rdarts_fast.tasks import Batch, Carry, Task
@@ -196,7 +197,7 @@ def innermost(part: Tensor) -> Tensor:
 
 def autocast(settings: RetrainConfig, device: torch.device) -> torch.autocast:
     """Return the context that the network is computed in."""
-    low = settings.precision == "bf16"
+    low = settings.precision == BF16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
 
 

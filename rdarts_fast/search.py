@@ -36,6 +36,7 @@ from rdarts_fast.genotype import Genotype, discretize, kept_edges
 from rdarts_fast.graph_step import StepInput, Tell
 from rdarts_fast.metrics import Outcome, Sums
 from rdarts_fast.networks import SearchNetwork, softmax_weights
+from rdarts_fast.networks.precision import in_float32
 from rdarts_fast.oracle import Oracle
 from rdarts_fast.rollback import early_stop, goes_on, mark_abandoned, save_for_rollback
 from rdarts_fast.run_dir import GENOTYPE, RESULT, SPACE, Run, RunDir
@@ -67,7 +68,9 @@ def _search(settings: SearchConfig, device: torch.device) -> Run:
     if oracle is not None:
         oracle.check(space, settings.data)
     task = tasks.load(settings, device)
-    state = SearchState.start(settings, task.supernet(settings, space).to(device))
+    supernet = task.supernet(settings, space).to(device)
+    supernet.compute(settings.precision, settings.checkpoint_cells)
+    state = SearchState.start(settings, supernet)
     where = training.environment(device, settings, task.fingerprint()) | task.about_data()
     where["steps"] = graph_step.kind(settings, task, device)
     name = f"{space.name}-{training.plain(task.data_name)}-seed{settings.seed}"
@@ -165,7 +168,14 @@ class Losses:
 
         carries: whether the stream's next batch goes on with the state that this one ends with.
         """
-        return lambda: self._run(batch, stream, carries=carries).objective
+
+        def loss() -> Tensor:
+            if stream == "alphas":
+                return self._run(batch, stream, carries=carries).objective
+            with self.state.supernet.in_float32():  # see networks/precision.py: second order
+                return self._run(batch, stream, carries=carries).objective
+
+        return loss
 
     def of_weights(self, batch: Batch, add: Callable[[Outcome], None]) -> Callable[[], Tensor]:
         """Return the closure of what a step of the weights descends; it adds to the epoch's
@@ -235,6 +245,7 @@ def weight_step(
     training.descend(training_loss(), state.supernet, state.weight_optimizer, settings, check)
 
 
+@in_float32
 def measure_curvature(
     settings: SearchConfig,
     task: Task,
@@ -353,7 +364,7 @@ def announce(
         smaller = f"these are the smaller defaults of {task.data_name}"
         print(f"{smaller}; --preset paper has the published ones")
     print(
-        f"backend {settings.backend}, device {where['device']}, float32, "
+        f"backend {settings.backend}, device {where['device']}, {training.ways(settings)}, "
         f"{where['threads']} threads, steps {where['steps']}"
     )
     print(f"run folder: {run.folder}", flush=True)

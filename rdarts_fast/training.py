@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from rdarts_fast import gpu_fit, native
-from rdarts_fast.config import RunConfig, to_json
+from rdarts_fast.config import RunConfig, SupernetConfig, to_json
 from rdarts_fast.errors import UserError
 from rdarts_fast.events import Events, TensorBoardEvents, check_tensorboard
 from rdarts_fast.native import build_info, cpu_unit
+from rdarts_fast.networks.precision import check_precision, torch_precision
 from rdarts_fast.run_dir import ENVIRONMENT, Run, RunDir
 
 # The forward passes of a step count up from 0; those of an epoch's end are apart.
@@ -52,15 +53,20 @@ def prepared(config: RunConfig) -> Iterator[torch.device]:
     device, before = select_device(config.device), torch.get_num_threads()
     if getattr(config, "backend", None) == "fused":
         check_kernels(device)
+    check_precision(config.precision, device, getattr(config, "backend", "torch"))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    # On a GPU: float32 that is float32, and the same bits each time.
-    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     try:
-        with exact:
+        with torch_precision(config.precision):
             yield device
     finally:
         torch.set_num_threads(before)
+
+
+def ways(config: SupernetConfig) -> str:
+    """Return how a supernet is computed, for a line of output."""
+    again = ", cells computed again in the backward" if config.checkpoint_cells else ""
+    return f"{config.precision}{again}"
 
 
 def select_device(name: str) -> torch.device:
@@ -118,7 +124,7 @@ def environment(
         "gpu": gpu,
         "threads": torch.get_num_threads(),
         "backend": getattr(config, "backend", "torch"),
-        "precision": getattr(config, "precision", "float32"),
+        "precision": config.precision,
         "ranks": ranks,
         "data": data,
         "seed": config.seed,

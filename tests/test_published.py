@@ -188,6 +188,7 @@ CHANGED_SEARCH = {
     "batch_size": 32, "channels": 8, "layers": 4, "learning_rate": 0.05, "learning_rate_min": 0.0,
     "momentum": 0.8, "weight_decay": 27e-4, "grad_clip": 1.0, "drop_path_prob": 0.2, "flip": False,
     "order": "first", "epsilon_scale": 1e-6, "implicit": "exact", "noise_per_pass": "shared",
+    "precision": "bf16",
     "alpha_learning_rate": 3e-3, "alpha_beta1": 0.9, "alpha_beta2": 0.99,
     "alpha_weight_decay": 0.0, "early_stop": "stop", "adaptive": "l2",
 }  # fmt: skip
@@ -204,7 +205,8 @@ FREE_OF_ALL = {
 }  # fmt: skip
 FREE_RETRAINING = FREE_OF_ALL | {"source", "channels_last", "compile"}
 FREE_SEARCH = FREE_OF_ALL | {
-    "backend", "graph", "oracle", "cutout_length", "cutout_prob", "cutout_schedule",
+    "backend", "checkpoint_cells", "graph", "oracle", "cutout_length", "cutout_prob",
+    "cutout_schedule",
     "curvature", "curvature_every", "curvature_decay",
     "stop_rule", "stop_factor", "stop_window", "stop_delta", "stop_start_epoch",
     "adaptive_factor", "adaptive_max", "adaptive_step", "adaptive_drop_path_max",

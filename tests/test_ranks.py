@@ -260,7 +260,7 @@ def test_other_ways_to_compute_the_same_network(tmp_path, capsys) -> None:
     for name, changes in {"bf16": {"precision": "bf16"}, "last": {"channels_last": True}}.items():
         (run,) = run_retraining(**{**given, **changes, "out": tmp_path / name}, source=source)
         losses[name] = run.metrics[0]["train_loss"]
-        assert run.environment["precision"] == changes.get("precision", "float32")
+        assert run.environment["precision"] == changes.get("precision", "fp32")
     expected = plain.metrics[0]["train_loss"]
     assert losses["last"] == pytest.approx(expected, rel=1e-4)
     assert losses["bf16"] == pytest.approx(expected, rel=5e-2) and losses["bf16"] != expected

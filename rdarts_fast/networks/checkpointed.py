@@ -25,22 +25,28 @@ def checkpointed(
         compute,
         *tensors,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), buffers_aside(cell)),
+        context_fn=lambda: (nullcontext(), BuffersAside(cell)),
     )
     return found
 
 
-@contextmanager
-def buffers_aside(cell: nn.Module) -> Iterator[None]:
-    """Let the cell's modules move copies of their buffers inside the block."""
-    tables = [(part._buffers, dict(part._buffers)) for part in cell.modules()]
-    for table, before in tables:
-        for name, buffer in before.items():
-            table[name] = None if buffer is None else buffer.clone()
-    try:
-        yield
-    finally:
-        for table, before in tables:
+class BuffersAside:
+    """Lets a cell's modules move copies of their buffers inside the block; for any number of blocks,
+    as autograd computes a cell again for each derivative.
+    """
+
+    def __init__(self, cell: nn.Module) -> None:
+        self._cell = cell
+        self._tables: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
+
+    def __enter__(self) -> None:
+        self._tables = [(part._buffers, dict(part._buffers)) for part in self._cell.modules()]
+        for table, before in self._tables:
+            for name, buffer in before.items():
+                table[name] = None if buffer is None else buffer.clone()
+
+    def __exit__(self, *error: object) -> None:
+        for table, before in self._tables:
             table.update(before)
 
 

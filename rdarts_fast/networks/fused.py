@@ -20,7 +20,7 @@ from rdarts_fast.kernels import channel_affine, normalized_sum
 from rdarts_fast.kernels.array import check_coefficients, check_inputs
 from rdarts_fast.networks.cell_backward import CellBackward
 from rdarts_fast.networks.cell_forward import CellForward, Kept, Setting, buffers_of
-from rdarts_fast.networks.checkpointed import buffers_aside, drawing_from, random_states
+from rdarts_fast.networks.checkpointed import BuffersAside, drawing_from, random_states
 from rdarts_fast.networks.composed import composed_cell
 from rdarts_fast.networks.narrow import narrowed
 from rdarts_fast.networks.plan import Plan
@@ -181,7 +181,7 @@ def _as_it_was(setting: Setting, parameters: Sequence[Tensor]) -> Iterator[None]
         own[name] = parameter
     setting.cell.train(setting.training)
     try:
-        with buffers_aside(setting.cell):
+        with BuffersAside(setting.cell):
             yield
     finally:
         for table, before in tables:

@@ -23,7 +23,6 @@ from rdarts_fast.curvature import HessianOperator
 from rdarts_fast.curvature.operators import check_vectors, flat
 from rdarts_fast.draws import Draws
 from rdarts_fast.networks.passes import SupernetPasses, parts_of
-from rdarts_fast.networks.precision import FP32
 from rdarts_fast.spaces import CELL_TYPES
 
 DIRECTIONS_A_PRODUCT = 3.0  # of the dense matrix, that cost about as much as one product
@@ -147,12 +146,8 @@ def hessian_operator(
 
     def loss() -> Tensor:
         weights = {kind: alpha.softmax(dim=-1) for kind, alpha in alphas.items()}
-        before = supernet.precision, supernet.checkpoint_cells
-        supernet.compute(FP32)
-        try:
+        with supernet.in_float32():
             logits = torch.func.functional_call(supernet, buffers, (images, weights, draws))
-        finally:
-            supernet.compute(*before)
         return F.cross_entropy(logits, labels)
 
     def by_differentiating() -> HessianOperator:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,16 @@ class SearchNetwork(nn.Module):
             if wanted and name not in self.has:
                 raise UserError(f"{name}: not for the space {self.space.name}")
         self.precision, self.checkpoint_cells = precision, checkpoint_cells
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Compute in float32 inside the block."""
+        precision = self.precision
+        self.compute(FP32, self.checkpoint_cells)
+        try:
+            yield
+        finally:
+            self.compute(precision, self.checkpoint_cells)
 
     def initial_alphas(self, seed: int) -> dict[str, Tensor]:
         """Return the alphas at the start, 1e-3 x N(0, 1) drawn from `seed`: cell type -> [E, O],
