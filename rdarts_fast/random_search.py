@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdarts_fast import config, config_sources, plots, tasks, training
+from rdarts_fast import config, config_sources, memory, plots, tasks, training
 from rdarts_fast.config import RandomSearchConfig
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import exit_on_user_error
@@ -64,7 +64,12 @@ def _random_search(settings: RandomSearchConfig, device: torch.device) -> Run:
         training.Stop().watching() as stop,
     ):
         announce(settings, where, task, state.supernet, run)
-        with training.event_writer(settings, run, state.epoch) as events:
+        with (
+            training.event_writer(settings, run, state.epoch) as events,
+            memory.explained(
+                settings, device, lambda: memory.ways_of(settings, task, state.supernet)
+            ),
+        ):
             loop(settings, task, state, run, stop, events)
         finalists = select(settings, task, state, run, stop)
         return finish(settings, task, state, run, finalists)

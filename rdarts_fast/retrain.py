@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rdarts_fast import config, config_sources, tasks, training
+from rdarts_fast import config, config_sources, memory, tasks, training
 from rdarts_fast.config import RetrainConfig
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError, exit_on_user_error
@@ -137,7 +137,8 @@ def _retrain(settings: RetrainConfig, device: torch.device, ranks: Ranks) -> Run
         announce(settings, where, task, state, run)
         model = ranks.wrapped(state.network, device, all_used=task.uses_all(state.network))
         with training.event_writer(settings, run, state.epoch, ranks.first) as events:
-            loop(settings, task, Model(model, task, settings, ranks), state, run, stop, events)
+            with memory.explained(settings, device):
+                loop(settings, task, Model(model, task, settings, ranks), state, run, stop, events)
         if ranks.first:
             finish(settings, task, state, run)
         ranks.from_first(None)  # the others wait for its result.json

@@ -23,6 +23,7 @@ from rdarts_fast import (
     config_sources,
     evaluation,
     graph_step,
+    memory,
     plots,
     tasks,
     tracking,
@@ -80,7 +81,12 @@ def _search(settings: SearchConfig, device: torch.device) -> Run:
         training.Stop().watching() as stop,
     ):
         announce(settings, where, task, state.supernet, run)
-        with training.event_writer(settings, run, state.epoch) as events:
+        with (
+            training.event_writer(settings, run, state.epoch) as events,
+            memory.explained(
+                settings, device, lambda: memory.ways_of(settings, task, state.supernet)
+            ),
+        ):
             loop(settings, task, state, run, stop, events, oracle)
         return finish(settings, task, state, run)
 

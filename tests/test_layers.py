@@ -35,7 +35,7 @@ FLOORS = [
     ["networks", "run_dir", "oracle", "sampling", "config_sources"],
     ["training", "tracking", "fleet", "tables", "ranks"],
     ["tasks"],
-    ["search_state", "evaluation", "protocol"],
+    ["search_state", "evaluation", "memory", "protocol"],
     ["rollback", "graph_step"],
     ["search", "random_search", "retrain", "analysis", "export"],
     ["robust", "report", "info"],

@@ -31,7 +31,7 @@ def checkpointed(
 
 
 class BuffersAside:
-    """Lets a cell's modules move copies of their buffers inside the block; for any number of blocks,
+    """Lets a cell's modules move copies of their buffers inside the block; for many blocks in turn,
     as autograd computes a cell again for each derivative.
     """
 
