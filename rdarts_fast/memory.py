@@ -67,9 +67,7 @@ def explanation(
     text = f"out of memory on {device} with --batch-size {config.batch_size}"
     ways: list[Way] = []
     if measure is not None:
-        with contextlib.suppress(
-            RuntimeError, MemoryError
-        ):  # there may not be room for that either
+        with contextlib.suppress(RuntimeError, MemoryError):  # no room for that either
             ways = measure()
     if not ways:
         half = max(1, config.batch_size // 2)
@@ -118,7 +116,7 @@ def ways_of(config: SupernetConfig, task: Task, supernet: SearchNetwork) -> list
     is, cells computed again, and on GPUs in bfloat16.
     """
     device = next(supernet.parameters()).device
-    asked = [("", config.precision, config.checkpoint_cells)]
+    asked: list[tuple[str, str, bool]] = [("", config.precision, config.checkpoint_cells)]
     if not config.checkpoint_cells and "--checkpoint-cells" in supernet.has:
         asked.append(("--checkpoint-cells", config.precision, True))
     low = device.type == "cuda" and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY

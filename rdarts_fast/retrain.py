@@ -136,9 +136,11 @@ def _retrain(settings: RetrainConfig, device: torch.device, ranks: Ranks) -> Run
     ):
         announce(settings, where, task, state, run)
         model = ranks.wrapped(state.network, device, all_used=task.uses_all(state.network))
-        with training.event_writer(settings, run, state.epoch, ranks.first) as events:
-            with memory.explained(settings, device):
-                loop(settings, task, Model(model, task, settings, ranks), state, run, stop, events)
+        with (
+            training.event_writer(settings, run, state.epoch, ranks.first) as events,
+            memory.explained(settings, device),
+        ):
+            loop(settings, task, Model(model, task, settings, ranks), state, run, stop, events)
         if ranks.first:
             finish(settings, task, state, run)
         ranks.from_first(None)  # the others wait for its result.json
