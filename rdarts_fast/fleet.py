@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any, Literal, get_args
 
 from rdarts_fast.config import flag
 from rdarts_fast.errors import UserError
+from rdarts_fast.gpu_slots import Slots, Workers, visible_gpus
 from rdarts_fast.ray_session import connected_ray
 
 FLEETS = Literal["local", "ray"]
@@ -58,8 +60,11 @@ class FleetConfig:
     """Cores that Ray counts a run for; also its threads where --threads is not given."""
     gpus_per_run: float = 0.0
     """GPUs that Ray counts a run for, and shows it; 0.25: four runs share one."""
+    searches_per_gpu: int | None = None
+    """Runs that share a GPU, side by side on all GPUs of this machine, or of Ray's; for small ones
+    [one after the other]."""
     retries: int = 2
-    """How often Ray starts a run again, from its checkpoint, whose worker has died."""
+    """How often a run is started again, from its checkpoint, whose own process has died."""
 
 
 def run_jobs(
@@ -80,6 +85,8 @@ def run_jobs(
     missing = progress.missing()
     if missing and config.fleet == "ray":
         _run_on_ray(missing, config, progress)
+    elif missing and config.searches_per_gpu is not None:
+        _run_on_gpus(missing, config, config.searches_per_gpu, progress)
     else:
         for job in missing:
             progress.started(job)
@@ -97,7 +104,7 @@ def check_fleet(config: FleetConfig) -> None:
     """Raise UserError, naming the flag, for a setting that is out of its range or has no effect."""
     if config.fleet not in get_args(FLEETS):
         raise UserError(f"--fleet: expected local or ray, got {config.fleet}")
-    for name, least in (("ray_cpus", 1), ("retries", 0)):
+    for name, least in (("ray_cpus", 1), ("searches_per_gpu", 1), ("retries", 0)):
         count = getattr(config, name)
         if count is not None and (type(count) is not int or count < least):
             raise UserError(f"{flag(name)}: expected a whole number from {least}, got {count}")
@@ -109,6 +116,8 @@ def check_fleet(config: FleetConfig) -> None:
         raise UserError(f"--ray-address: expected auto or HOST:PORT, got {address}")
     if address is not None and config.ray_cpus is not None:
         raise UserError("--ray-cpus is for a Ray of our own: leave out --ray-address")
+    if config.searches_per_gpu is not None and config.gpus_per_run:
+        raise UserError("--searches-per-gpu N is --gpus-per-run 1/N: give one of them")
     for name in ("ray_address", "ray_cpus", "gpus_per_run"):
         if config.fleet == "local" and getattr(config, name):
             raise UserError(f"{flag(name)} has no effect in this process: add --fleet ray")
@@ -203,10 +212,41 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
+# On the GPUs of this machine
+
+
+def _run_on_gpus(jobs: Sequence[Job], config: FleetConfig, each: int, progress: _Progress) -> None:
+    gpus = visible_gpus()
+    if not gpus:
+        raise UserError("--searches-per-gpu: torch sees no GPU here; leave it out")
+    slots, most = Slots(gpus, each), each * len(gpus)
+    workers = Workers[tuple[Job, int]](slots, max(1, len(os.sched_getaffinity(0)) // most))
+    waiting = deque((job, 0) for job in jobs)
+    try:
+        while waiting or workers:
+            while waiting and slots.free:
+                job, retries = waiting.popleft()
+                if not retries:
+                    progress.started(job)
+                workers.start((job, retries), _work, job, log_of(job), Path.cwd())
+            for (job, retries), error, died in workers.ended():
+                if died and retries < config.retries:
+                    progress.died(job, str(error))
+                    waiting.appendleft((job, retries + 1))
+                else:
+                    progress.ended(job, _with_log(error, job), retries)
+    except BaseException:
+        progress.report("stopping what runs after the step")
+        workers.stop(_PATIENCE_SECONDS)
+        raise
+
+
 # On Ray
 
 
 def _run_on_ray(jobs: Sequence[Job], config: FleetConfig, progress: _Progress) -> None:
+    if config.searches_per_gpu is not None:
+        config = dataclasses.replace(config, gpus_per_run=1 / config.searches_per_gpu)
     with connected_ray(config.ray_address, config.ray_cpus) as ray:
         _check_room(ray, config)
         # A process for each run: what one leaves behind (memory, threads, a broken GPU context) is

@@ -30,6 +30,7 @@ FLOORS = [
         "averaged_sgd",
         "events",
         "ray_session",
+        "gpu_slots",
     ],
     ["genotype", "regularisation", "config_language", "config_disparity"],
     ["networks", "run_dir", "oracle", "sampling", "config_sources"],
