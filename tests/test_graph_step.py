@@ -17,6 +17,7 @@ from rdarts_fast.run_dir import Run
 from rdarts_fast.search import run_search
 from rdarts_fast.search_state import SearchState
 from rdarts_fast.tasks.classification import Classification
+from tests.host_cuda import counts, on_host
 from tests.small import settings
 from tests.tape import FromHost, Tapes
 from tests.test_rollback import adaptive, plant
@@ -98,6 +99,16 @@ def test_recorded_steps_have_the_bits_of_plain_ones(
     assert tapes.counts["prepared"] == shapes
     assert tapes.counts["recorded"] == recordings
     assert tapes.counts["replayed"] == 6 * 4 - shapes - recordings
+
+
+def test_static_steps_have_the_bits_of_plain_ones_on_cuda_kernels(tmp_path, monkeypatch) -> None:
+    changes = {"space": "s4", "layers": 1, "epochs": 2, "epoch_steps": 1, "drop_path_prob": 0.4}
+    with on_host():
+        plain = run_search(**given(tmp_path, "plain", **changes))
+        take_static(monkeypatch)
+        static = run_search(**given(tmp_path, "static", **changes))
+        assert {"philox", "node_sum"} <= counts().keys()
+    assert_same_bits(plain.folder, static.folder)
 
 
 def test_a_recorded_step_is_forgotten_by_a_rollback(tmp_path, monkeypatch, capturable) -> None:
