@@ -159,7 +159,7 @@ drawn_sums_kernel(View<const T> g, const Walk walk, Index tiles,
                   const __grid_constant__ Sites<Sum> drawn, Span<double> partial /* [J, parts] */) {
   __shared__ Shared<double, kThreads> shared;
   const int j = static_cast<int>(blockIdx.y);
-  const PhiloxStart start = drawn.of_site(drawn.now(), j);
+  const PhiloxStart start = drawn.start_of(j);
   const Index first = static_cast<Index>(blockIdx.x) * kTiles * kThreads + threadIdx.x;
   Sum sum = 0;
   for (unsigned i = 0; i < kTiles; ++i) {

@@ -49,12 +49,11 @@ node_sum_kernel(const __grid_constant__ NodeSumViews<T, Sum> a, Index tiles) {
       }
     }
   }
-  const PhiloxStart now = a.drawn.now();
   for (int j = 0; j < a.drawn.count; ++j) {
     const Sum factor = value_or(a.drawn.factors, j * walk.samples + spot.sample, Sum(1));
     const Sum weight = factor * a.drawn.weights[j];
     if (weight == Sum(0)) continue;
-    const PhiloxStart start = a.drawn.of_site(now, j);
+    const PhiloxStart start = a.drawn.start_of(j);
     draw<Tile>(index_of(spot, walk), walk, start, [&](int row, int i, float number) {
       total[row][i] += weight * static_cast<Sum>(number);
     });

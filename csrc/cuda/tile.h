@@ -185,10 +185,11 @@ struct Sites {
   Span<const Sum> factors;  // [J, N] or null
   Span<const uint32_t> clock;
 
-  __device__ PhiloxStart now() const { return read_clock(start, clock); }
-  __device__ PhiloxStart of_site(PhiloxStart now, int site) const {
-    now.c1 = sites[site];
-    return now;
+  // Read for each site: kept in registers, the clock would cost a block its place beside another.
+  __device__ PhiloxStart start_of(int site) const {
+    PhiloxStart s = read_clock(start, clock);
+    s.c1 = sites[site];
+    return s;
   }
 };
 
