@@ -18,7 +18,8 @@ using NodeAt = std::tuple<int, int64_t, int64_t, bool, Address>;
 
 void fill(Rows (&rows)[kMostSources], const Numbers& numbers, const char* name, size_t sources) {
   if (numbers.size() != 2 * sources || sources < 1 || sources > kMostSources) {
-    throw std::invalid_argument(std::string(name) + ": expected two numbers each of 1 to 16 sources, got " +
+    throw std::invalid_argument(std::string(name) +
+                                ": expected two numbers each of 1 to 16 sources, got " +
                                 std::to_string(numbers.size()));
   }
   for (size_t j = 0; j < sources; ++j) {

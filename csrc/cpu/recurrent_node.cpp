@@ -23,8 +23,9 @@ T* row_of(const Rows& rows, int64_t b) {
 // body(first, count) over the vectors of a row; all but a last part have a constant count.
 template <typename T, typename Body>
 RDARTS_METHOD void over(int64_t size, const Body& body) {
+  constexpr std::integral_constant<int, kVector<T>> whole;
   int64_t i = 0;
-  for (; i + kVector<T> <= size; i += kVector<T>) body(i, std::integral_constant<int, kVector<T>>{});
+  for (; i + whole <= size; i += whole) body(i, whole);
   if (i < size) body(i, size - i);
 }
 
@@ -47,6 +48,26 @@ double sum_of(const Vec<T>& vector) {
   return sum;
 }
 
+// What a launch reads after source j of row b: asked for while that one is worked on.
+template <typename T>
+struct Next {
+  const T* s;
+  const T* c;
+  int64_t hidden;
+
+  Next(const RecurrentNode& n, int j, int64_t b) : hidden(n.hidden) {
+    const bool last = j + 1 == n.sources;
+    const int64_t row = std::min(last ? b + 1 : b, n.batch - 1);
+    s = row_of<const T>(n.states[last ? 0 : j + 1], row);
+    c = row_of<const T>(n.gates[last ? 0 : j + 1], row);
+  }
+  RDARTS_METHOD void fetch(int64_t i) const {
+    __builtin_prefetch(s + i);
+    __builtin_prefetch(c + i);
+    __builtin_prefetch(c + hidden + i);
+  }
+};
+
 // work(flag) with the flag as a constant.
 template <typename Work>
 void on_curved(bool curved, const Work& work) {
@@ -61,7 +82,9 @@ void sum_row(const RecurrentNode& n, int64_t b, T* out) {
     const CurveMix<T> mix = mix_of<T>(n, j);
     const T* const s = row_of<const T>(n.states[j], b);
     const T* const c = row_of<const T>(n.gates[j], b);
+    const Next<T> next(n, j, b);
     over<T>(n.hidden, [&](int64_t i, auto count) {
+      next.fetch(i);
       const Vec<T> term = node_term<VectorMath<T>, curved>(
           mix, get(s + i, count), get(c + i, count), get(c + n.hidden + i, count));
       put(out + i, j == 0 ? term : get(out + i, count) + term, count);
@@ -228,7 +251,9 @@ struct ThroughNorm {
     if (a.norm == NodeNorm::kNone) return;
     const int64_t columns = a.node.hidden;
     const T* const value = static_cast<const T*>(a.value) + b * columns;
-    for (int64_t i = 0; i < columns; ++i) row[i] = rstd[i] * (row[i] - plain[i] - value[i] * along[i]);
+    for (int64_t i = 0; i < columns; ++i) {
+      row[i] = rstd[i] * (row[i] - plain[i] - value[i] * along[i]);
+    }
   }
 };
 
@@ -243,9 +268,12 @@ void spread_row(const RecurrentBackward& a, int64_t b, const T* g, double* dmix)
     T* const ds = row_of<T>(a.dstates[j], b);
     T* const dc = row_of<T>(a.dgates[j], b);
     Vec<T> sums[kCurves] = {};
+    const Next<T> next(n, j, b);
     over<T>(n.hidden, [&](int64_t i, auto count) {
+      next.fetch(i);
       const auto d = node_gradients<VectorMath<T>, curved>(
-          mix, get(s + i, count), get(c + i, count), get(c + n.hidden + i, count), get(g + i, count));
+          mix, get(s + i, count), get(c + i, count), get(c + n.hidden + i, count),
+          get(g + i, count));
       put(ds + i, a.adds ? get(ds + i, count) + d.state : d.state, count);
       put(dc + i, d.c, count);
       put(dc + n.hidden + i, d.u, count);

@@ -1,5 +1,5 @@
-// The nodes of a recurrent cell (recurrent.h). A block has kColumns columns and takes turns at their
-// rows; with a batch norm it has all rows of them, else blocks share the rows.
+// The nodes of a recurrent cell (recurrent.h). A block has kColumns columns and takes turns at
+// their rows; with a batch norm it has all rows of them, else blocks share the rows.
 #include "launchers.h"
 #include "recurrent_body.h"
 #include "sums.h"
@@ -8,7 +8,7 @@ namespace rdarts {
 namespace {
 
 constexpr int kColumns = 8;  // 32 bytes of float32: what memory is read in
-constexpr int kTurn = static_cast<int>(kThreads) / kColumns;  // rows that a block works on at a time
+constexpr int kTurn = static_cast<int>(kThreads) / kColumns;  // rows that a block works on at once
 constexpr int64_t kTurns = 4;  // of a block that shares its rows with others
 
 // The Math of recurrent_body.h.

@@ -1,7 +1,8 @@
 // A node of a recurrent cell (DARTS, appendix A.1.2): all that it reads and all its activations.
-//   value = sum_j [ q_j s_j (1 - o_j) + o_j m_j ],  o_j = sigmoid(c_j),  m_j = sum_f mix[j, f] f(u_j)
-// with f in tanh, relu, sigmoid, identity and q_j the sum of mix[j, .]; then, where it is asked for,
-// a batch norm without affine over the B rows of each column.
+//   value = sum_j [ q_j s_j (1 - o_j) + o_j m_j ],  o_j = sigmoid(c_j)
+//   m_j   = sum_f mix[j, f] f(u_j),                 q_j = sum_f mix[j, f]
+// with f in tanh, relu, sigmoid, identity; then, where it is asked for, a batch norm without affine
+// over the B rows of each column.
 #pragma once
 
 #include <cstdint>
@@ -65,9 +66,9 @@ struct RecurrentBackward {
   double* workspace;
 };
 
-// The derivative of <dstates, along.states> + <dgates, along.gates> + <dmix, along.mix>, where these
-// are what the backward of a node without norm makes of g: by g, which is the node's tangent along
-// those, and by all that the node reads.
+// The derivative of <dstates, along.states> + <dgates, along.gates> + <dmix, along.mix>, where
+// these are what the backward of a node without norm makes of g: by g, which is the node's tangent
+// along those, and by all that the node reads.
 struct RecurrentSecond {
   RecurrentNode node;
   RecurrentNode along;

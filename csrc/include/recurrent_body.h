@@ -1,5 +1,5 @@
-// The arithmetic of a recurrent node (recurrent.h), the same on every device: of numbers or vectors V
-// of Math::Number, with Math::exp and Math::expm1, which are asked for no x above 0.
+// The arithmetic of a recurrent node (recurrent.h), the same on every device: of numbers or vectors
+// V of Math::Number, with Math::exp and Math::expm1, which are asked for no x above 0.
 #pragma once
 
 #include "recurrent.h"
@@ -72,7 +72,8 @@ template <bool curved, typename T, typename V>
 RDARTS_BODY V bend(const CurveMix<T>& m, const Curves<V>& at) {
   V sum = {};
   if constexpr (curved) {
-    sum += m.sigmoid * (at.dsigmoid * (at.rest - at.sigmoid)) - m.tanh * (T(2) * at.tanh * at.dtanh);
+    sum += m.sigmoid * (at.dsigmoid * (at.rest - at.sigmoid));
+    sum -= m.tanh * (T(2) * at.tanh * at.dtanh);
   }
   return sum;
 }
