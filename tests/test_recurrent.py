@@ -12,6 +12,7 @@ from rdarts_fast.curvature import HessianOperator
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype
+from rdarts_fast.networks import recurrent_cell
 from rdarts_fast.networks.recurrent import (
     Dropouts,
     LanguageOutput,
@@ -237,6 +238,22 @@ def test_backends_agree_on_every_device(backend: str, train: bool, dropouts: Dro
         once = torch.autograd.grad(loss, inputs, retain_graph=True)
         twice = torch.autograd.grad(total, inputs)
         found.append([loss, *grads, *once, *twice])
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("rows", [1, 2 * COLUMNS, 3 * COLUMNS, 1000])
+def test_weights_gradients_are_summed_over_any_number_of_words(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recurrent_cell, "ROWS_TOGETHER", rows)
+    words, following, hidden = batch(steps=5)
+    found = []
+    for name in ("fused", "reference"):
+        network = supernet(mixed_space(), name)
+        weights = softmax_weights({"recurrent": alphas_of(network)})
+        loss = loss_of(network(words, weights, Draws(3), hidden), following)
+        found.append(torch.autograd.grad(loss, list(network.parameters())))
     for ours, theirs in zip(*found, strict=True):
         assert_close(ours, theirs)
 
