@@ -201,6 +201,7 @@ CHANGED_RETRAINING = {
 }  # fmt: skip
 # Settings that a run's config has and that change nothing of what is compared.
 FREE_OF_ALL = {
+    "task",  # the space says which
     "data_root", "preset", "out", "seed", "device", "threads", "checkpoint_minutes", "tensorboard",
 }  # fmt: skip
 FREE_RETRAINING = FREE_OF_ALL | {"source", "channels_last", "compile"}
