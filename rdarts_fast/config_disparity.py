@@ -21,8 +21,9 @@ _EMBEDDED: Values = {
     "crop_height": 64,
     "crop_width": 128,
     "batch_size": 4,
-    "max_displacement": 12,
-    "threads": 2,
+    "max_displacement": 5,
+    "one_sided": True,
+    "threads": 1,
 }
 _QUICK: Values = {**_EMBEDDED, "channels": 2, "epoch_steps": 4}
 
@@ -63,6 +64,8 @@ class DisparityConfig:
     """Upsampling cells, 1 to 4: the prediction is made at 1/32 .. 1/4 of the size."""
     max_displacement: int = 40
     """Largest displacement of the correlation, in pixels at 1/8 of the size."""
+    one_sided: bool = False
+    """Correlate to the side alone where the right view has what the left one shows."""
     batch_norm: bool = False
     """A batch norm after every activation; the released networks have none."""
     augmentation: float = 1.0
@@ -119,12 +122,12 @@ class DisparityRetrainConfig(DisparityConfig, RetrainConfig):
     """Settings of training a found disparity network from scratch."""
 
     data_defaults: ClassVar[Mapping[str, Values]] = {
-        "motorcycle": {**_EMBEDDED, "epochs": 60, "learning_rate": 2e-3}
+        "motorcycle": {**_EMBEDDED, "epochs": 40, "learning_rate": 3e-3}
     }
     presets: ClassVar[Mapping[str, Values | None]] = {
         "default": None,
         "paper": {},
-        "quick": {**_QUICK, "epochs": 3, "learning_rate": 2e-3},
+        "quick": {**_QUICK, "epochs": 3, "learning_rate": 3e-3},
     }
     short_epochs: ClassVar[Mapping[str, int]] = {"motorcycle": 20}
 

@@ -107,6 +107,7 @@ class Disparity(Task):
             channels=found.channels,
             decoders=found.decoders,
             max_displacement=found.max_displacement,
+            one_sided=found.one_sided,
             batch_norm=found.batch_norm,
             initial_disparity=self.pairs.median_disparity(),
         )
