@@ -11,6 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,9 +177,10 @@ class Losses:
         """
 
         def loss() -> Tensor:
-            if stream == "alphas":
-                return self._run(batch, stream, carries=carries).objective
-            with self.state.supernet.in_float32():  # see networks/precision.py: second order
+            # The virtual step's gradient is float32's: networks/precision.py, "virtual step". The
+            # difference's two passes have no gradient of the weights.
+            exact = stream == "weights" and next(self.state.supernet.parameters()).requires_grad
+            with self.state.supernet.in_float32() if exact else nullcontext():
                 return self._run(batch, stream, carries=carries).objective
 
         return loss

@@ -238,7 +238,7 @@ def test_a_network_without_it_says_so() -> None:
 def test_a_search_in_bfloat16(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
-    """Second order takes its training passes in float32, but for the weights' own step."""
+    """All passes but second order's virtual step."""
     seen: list[tuple[bool, bool]] = []
     original = supernet.fused_cell
 
@@ -253,7 +253,7 @@ def test_a_search_in_bfloat16(
     assert run.environment["precision"] == "bf16"
     assert ", bf16, 1 threads" in capsys.readouterr().out
     passes = [narrow for recorded, narrow in seen if recorded][::3]  # three cells
-    a_step = [True, True] if order == "first" else [False, True, False, False, True]
+    a_step = [True, True] if order == "first" else [False, True, True, True, True]
     assert passes == 6 * a_step
     assert [record["epoch"] for record in run.metrics if "lambda_max" in record] == [0, 2]
 
@@ -269,3 +269,10 @@ def test_a_random_search_in_bfloat16(tmp_path: Path) -> None:
         run_random_search(**made | {"out": tmp_path / "other"})
     assert not (tmp_path / "other").exists()
     assert Run.read(run.folder).config["precision"] == "bf16"
+
+
+def test_exact_second_order_keeps_to_float32(tmp_path: Path) -> None:
+    """What is differentiated twice."""
+    made = settings(tmp_path, space="s2", implicit="exact", epochs=1, epoch_steps=1)
+    with emulated_bfloat16():
+        assert run_search(**made, precision="bf16").result is not None

@@ -55,11 +55,12 @@ RULES: Mapping[str, Rule] = {
         "rounding flips signs at ReLUs, and cell after cell makes more of it: after 8 cells the "
         "logits are off by 2 to 5 %, the alphas' gradient has a cosine of 0.85 to 0.97",
     ),
-    "second order": Rule(
-        "its passes of the training loss: the virtual step's, and the two of the difference",
+    "virtual step": Rule(
+        "second order's gradient of the weights at w, and what differentiates exactly",
         _F32,
-        "the published difference magnifies what moves the virtual weights: of a fresh s2 network "
-        "its gradient has a cosine of 0.81 to float64's in float32, with these in bfloat16 of 0.62",
+        "what moves the virtual weights moves the alphas' gradient by far more: of an s2 network "
+        "after 30 steps its cosine to float64's is 0.995 in float32, 0.992 with the other passes "
+        "in bfloat16, 0.95 with this one too",
     ),
     "between cells": Rule("nodes from cell to cell, and their gradients", _F32, "as forward"),
     "arithmetic": Rule(
