@@ -9,11 +9,9 @@ the same steps, put together of functions that torch differentiates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -24,26 +22,12 @@ from rdarts_fast.kernels.recurrent_node import (
     CURVES,
     RUNNING_NORM,
     node_at,
-    recurrent_node,
     without_curves,
     workspace,
 )
+from rdarts_fast.networks.recurrent_composed import FIRST, Cell, differentiable_gradients
 
 ROWS_TOGETHER = 1024  # that the weights' gradients sum in one product
-_FIRST = (1.0, 0.0, 0.0, 0.0)  # s_0 is a node that reads the hidden state, through tanh
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What a window's steps have in common."""
-
-    curved: bool  # whether a node has tanh or sigmoid
-    norm: int  # BATCH_NORM or RUNNING_NORM
-    eps: float
-    momentum: float
-    mean: Tensor  # [H], the running ones
-    var: Tensor
-    keeps: bool  # what a backward needs
 
 
 def recurrent_cell(
@@ -82,46 +66,6 @@ def recurrent_cell(
     )
     raw: Tensor = _Window.apply(cell, x, hidden, mask, w0, mix, *ws)
     return raw
-
-
-def composed_cell(
-    x: Tensor,
-    hidden: Tensor,
-    mask: Tensor | None,
-    w0: Tensor,
-    ws: Sequence[Tensor],
-    mix: Tensor,
-    cell: Cell,
-    statistics: Tensor,
-) -> Tensor:
-    """Return recurrent_cell(...), a function of torch or a node at a time, moving no buffer.
-
-    statistics: [2, H], mean and rstd where they are the running ones.
-    """
-    size = hidden.shape[1]
-    first = mix.new_tensor([_FIRST])
-    wall = torch.cat(list(ws), dim=1)
-
-    def normalised(node: Tensor) -> Tensor:
-        if cell.norm == BATCH_NORM:
-            return F.batch_norm(node, None, None, training=True, eps=cell.eps)
-        return (node - statistics[0]) * statistics[1]
-
-    raw = []
-    for word in x:
-        seen = hidden if mask is None else hidden * mask
-        gates = torch.cat([word, seen], dim=1) @ w0
-        states = [normalised(recurrent_node([hidden], [gates], first))]
-        products: list[Sequence[Tensor]] = []
-        for i in range(len(ws)):
-            seen = states[i] if mask is None else states[i] * mask
-            products.append((seen @ wall[:, 2 * size * i :]).split(2 * size, dim=1))
-            read = [products[j][i - j] for j in range(i + 1)]
-            rows = mix[i * (i + 1) // 2 :][: i + 1]
-            states.append(normalised(recurrent_node(states, read, rows, curved=cell.curved)))
-        hidden = torch.stack(states[1:]).mean(dim=0)
-        raw.append(hidden)
-    return torch.stack(raw)
 
 
 class _Room:
@@ -188,7 +132,7 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 
 def _mixes(mix: Tensor) -> Tensor:
     """Return [1 + edges, 4]: s_0's, then the edges'."""
-    return torch.cat([mix.new_tensor([_FIRST]), mix])
+    return torch.cat([mix.new_tensor([FIRST]), mix])
 
 
 class _Window(Function):
@@ -235,7 +179,9 @@ class _Window(Function):
         room, needs = _Room.of(tensors), ctx.needs_input_grad[1:]
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():
-            found = _differentiable(ctx.cell, (x, hidden, w0, mix, *ws), mask, graw, room, needs)
+            found = differentiable_gradients(
+                ctx.cell, (x, hidden, w0, mix, *ws), mask, graw, room.statistics[0, 0], needs
+            )
         else:
             inputs = x, hidden, mask, w0, mix, ws
             found = _Backward(ctx.cell, room, inputs, raw, gates0, graw, needs).run()
@@ -420,25 +366,3 @@ class _Backward:
             met = seen[j, t : t + count].reshape(-1, room.size)
             columns = self.dwall[:, 2 * room.size * j :]
             columns.addmm_(met.t(), dgates[:count].flatten(0, 1))
-
-
-def _differentiable(
-    cell: Cell,
-    inputs: Sequence[Tensor],
-    mask: Tensor | None,
-    graw: Tensor,
-    room: _Room,
-    needs: Sequence[bool],
-) -> Sequence[Tensor | None]:
-    """Return the gradients of `inputs`, with a graph of their own."""
-    wanted = [need for i, need in enumerate(needs) if i != 2]  # not the mask's
-    with torch.enable_grad():
-        views = [x.view_as(x) for x in inputs]  # so that no input is another's ancestor
-        x, hidden, w0, mix, *ws = views
-        statistics = room.statistics[0, 0].to(x.dtype)
-        raw = composed_cell(x, hidden, mask, w0, ws, mix, cell, statistics)
-        asked = [view for view, need in zip(views, wanted, strict=True) if need]
-        found = iter(
-            torch.autograd.grad(raw, asked, graw, create_graph=True, materialize_grads=True)
-        )
-    return [next(found) if need else None for need in wanted]
