@@ -139,7 +139,11 @@ def test_torchs_noise_has_the_shape_and_layout_of_the_input() -> None:
 
 def test_the_check_of_a_search_step_catches_a_wrong_network(monkeypatch) -> None:
     right = supernet.fused_cell
-    monkeypatch.setattr(supernet, "fused_cell", lambda *a: [1.01 * node for node in right(*a)])
+
+    def larger(*given, **ways):
+        return [1.01 * node for node in right(*given, **ways)]
+
+    monkeypatch.setattr(supernet, "fused_cell", larger)
     with pytest.raises(AssertionError, match="s5: our logits differ"):
         contenders.check(SMALL)
 
@@ -147,8 +151,8 @@ def test_the_check_of_a_search_step_catches_a_wrong_network(monkeypatch) -> None
 def test_the_check_of_a_search_step_catches_a_wrong_gradient(monkeypatch) -> None:
     right = supernet.fused_cell
 
-    def without_weights(cell, plan, inputs, weights, *arguments):
-        return right(cell, plan, inputs, weights / 2 + weights.detach() / 2, *arguments)
+    def without_weights(cell, plan, inputs, weights, *arguments, **ways):
+        return right(cell, plan, inputs, weights / 2 + weights.detach() / 2, *arguments, **ways)
 
     monkeypatch.setattr(supernet, "fused_cell", without_weights)
     with pytest.raises(AssertionError, match="s5: our gradient differ"):

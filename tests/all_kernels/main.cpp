@@ -290,6 +290,94 @@ void mixings(Case& c, int halves, int stride) {
   check_written("mixing", DType::kFloat64, forward.sums, 3 * kEdges * out);
 }
 
+void correlations(Case& c) {
+  constexpr int64_t count = 5, first = -3;
+  const Shape volume = {c.shape[0], count, c.shape[2], c.shape[3]};
+  const Array left = c.in(c.shape), right = c.in(c.shape), g = c.in(volume);
+  const Correlation forward = {left, right, c.out(volume), first};
+  cuda::correlation(forward, kPlace);
+  for (const bool to_right : {false, true}) {
+    const CorrelationAdjoint back = {g, to_right ? left : right, c.out(c.shape), first, to_right};
+    cuda::correlation_adjoint(back, kPlace);
+    finish("correlation_adjoint");
+    check_written("correlation_adjoint", back.out);
+  }
+  check_written("correlation", forward.out);
+}
+
+RecurrentNode node_of(Case& c, int64_t batch, int64_t hidden, int sources) {
+  RecurrentNode node = {c.dtype, batch, hidden, sources, true, c.coefficients(sources * kCurves), {}, {}};
+  for (int j = 0; j < sources; ++j) {
+    node.states[j] = {c.coefficients(batch * hidden), hidden};
+    node.gates[j] = {c.coefficients(batch * 2 * hidden), 2 * hidden};
+  }
+  return node;
+}
+
+void recurrent_nodes(Case& c, NodeNorm norm) {
+  constexpr int sources = 3;
+  const int64_t batch = c.shape[0] * c.shape[1], hidden = c.shape[2] * c.shape[3];
+  const int64_t size = batch * hidden;
+  const RecurrentNode node = node_of(c, batch, hidden, sources);
+  double* const workspace = c.memory.doubles(cuda::recurrent_workspace(node));
+  void* const mask = c.coefficients(size);
+  RecurrentForward forward = {node, norm, 1e-5, 0.1, nullptr, nullptr, mask, nullptr, nullptr, nullptr,
+                              workspace};
+  forward.running_mean = c.coefficients(hidden);
+  forward.running_var = c.memory.numbers(c.dtype, hidden, 0.5, 1.5);
+  forward.value = c.room(size), forward.masked = c.room(size);
+  forward.statistics = c.memory.doubles(2 * hidden);
+  cuda::recurrent_node(forward, kPlace);
+
+  RecurrentBackward back = {};
+  back.node = node, back.norm = norm, back.statistics = forward.statistics;
+  back.value = forward.value, back.mask = mask, back.share = 0.125;
+  back.dvalue = c.coefficients(size), back.dmasked = c.coefficients(size);
+  back.dall = c.coefficients(size), back.total = c.room(size);
+  back.dmix = c.memory.doubles(sources * kCurves), back.workspace = workspace;
+  RecurrentSecond second = {};
+  second.node = node, second.along = node_of(c, batch, hidden, sources);
+  second.g = c.coefficients(size), second.tangent = c.room(size);
+  second.dmix = c.memory.doubles(sources * kCurves), second.workspace = workspace;
+  for (int j = 0; j < sources; ++j) {
+    back.dstates[j] = {c.room(size), hidden}, back.dgates[j] = {c.room(2 * size), 2 * hidden};
+    second.dstates[j] = {c.room(size), hidden}, second.dgates[j] = {c.room(2 * size), 2 * hidden};
+  }
+  cuda::recurrent_node_backward(back, kPlace);
+  cuda::recurrent_node_second(second, kPlace);
+  finish("recurrent_node");
+  c.check_room("recurrent_node", forward.value, size);
+  c.check_room("recurrent_node", forward.masked, size);
+  c.check_room("recurrent_node_second", second.tangent, size);
+  for (int j = 0; j < sources; ++j) {
+    c.check_room("recurrent_node_backward", back.dstates[j].data, size);
+    c.check_room("recurrent_node_backward", back.dgates[j].data, 2 * size);
+    c.check_room("recurrent_node_second", second.dstates[j].data, size);
+    c.check_room("recurrent_node_second", second.dgates[j].data, 2 * size);
+  }
+  check_written("recurrent_node_backward", DType::kFloat64, back.dmix, sources * kCurves);
+  check_written("recurrent_node_second", DType::kFloat64, second.dmix, sources * kCurves);
+}
+
+void roundings(Case& c, bool beside_zero) {
+  const int64_t count = elements_in(c.in(c.shape));
+  Rounding rounding = {kInputs, count, c.channels(), {}, {}, nullptr, nullptr};
+  for (int k = 0; k < kInputs; ++k) {
+    rounding.z[k] = static_cast<const float*>(c.memory.numbers(DType::kFloat32, count));
+    rounding.out[k] = static_cast<uint16_t*>(c.memory.take(2 * count));
+  }
+  if (beside_zero) {
+    const int64_t coefficients = kInputs * c.channels();
+    rounding.scale = static_cast<const float*>(c.memory.numbers(DType::kFloat32, coefficients));
+    rounding.shift = static_cast<const float*>(c.memory.numbers(DType::kFloat32, coefficients));
+  }
+  cuda::rounding(rounding, kPlace);
+  finish("rounding");
+  for (int k = 0; k < kInputs; ++k) {
+    check_written("rounding", DType::kBFloat16, rounding.out[k], count);
+  }
+}
+
 int launched = 0;
 
 template <typename Run>
@@ -301,6 +389,20 @@ void with(DType dtype, const Shape& shape, Layout layout, const Run& run) {
 
 void all() {
   philox();
+  for (const Shape& shape : {Shape{2, 16, 6, 8}, Shape{3, 5, 5, 7}}) {
+    for (const bool beside_zero : {false, true}) {
+      const auto run = [&](Case& c) { roundings(c, beside_zero); };
+      with(DType::kFloat32, shape, Layout::kInner, run);
+    }
+    for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
+      for (const NodeNorm norm : {NodeNorm::kNone, NodeNorm::kBatch, NodeNorm::kRunning}) {
+        with(dtype, shape, Layout::kInner, [&](Case& c) { recurrent_nodes(c, norm); });
+      }
+      for (const Layout layout : {Layout::kInner, Layout::kOuter}) {
+        with(dtype, shape, layout, correlations);
+      }
+    }
+  }
   for (const DType dtype : kTypes) {
     for (const Layout layout : {Layout::kInner, Layout::kOuter}) {
       // Vectors of whole lanes, then what fits no vector.
