@@ -1,5 +1,6 @@
 """Fixtures that several files use."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 
 from rdarts_fast import native
 from tests.host_cuda import THREAD_ORDERS, on_host, set_thread_order
+
+# A shell lets what it starts in the background ignore Ctrl-C; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BACKENDS = ["cpu-base", "cpu-best", *(f"cuda-on-host {order}" for order in THREAD_ORDERS)]
 if torch.cuda.is_available() and native.runs_on(torch.device("cuda")):
