@@ -377,7 +377,7 @@ def test_on_host_puts_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    for name in ("csrc", "cmake", "tests/host_cuda"):
+    for name in ("csrc", "cmake", "tests/host_cuda", "tests/all_kernels"):
         shutil.copytree(build.CLONE / name, tmp_path / name)
     for name in ("CMakeLists.txt", "rdarts_fast/csrc_hash.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

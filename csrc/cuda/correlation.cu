@@ -78,8 +78,8 @@ struct CorrelationViews {
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
 correlation_kernel(const __grid_constant__ CorrelationViews<T> a) {
-  __shared__ Fixed<T> fixed;
-  __shared__ Moved<T> moved;
+  __shared__ Shared<T, kDepth * kPitch> fixed;
+  __shared__ Shared<T, kResults * kMovedPitch> moved;
   const Corner place(a.height, a.across);
   const int x = static_cast<int>(threadIdx.x) % kColumns;
   const int own = static_cast<int>(threadIdx.x) / kColumns * kOwn;
@@ -129,8 +129,8 @@ struct AdjointViews {
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
 correlation_adjoint_kernel(const __grid_constant__ AdjointViews<T> a) {
-  __shared__ Fixed<T> fixed;
-  __shared__ Moved<T> moved;
+  __shared__ Shared<T, kDepth * kPitch> fixed;
+  __shared__ Shared<T, kResults * kMovedPitch> moved;
   const Corner place(a.height, a.across);
   const int x = static_cast<int>(threadIdx.x) % kColumns;
   const int own = static_cast<int>(threadIdx.x) / kColumns * kOwn;
