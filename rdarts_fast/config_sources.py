@@ -31,6 +31,7 @@ from rdarts_fast.config_disparity import (
     DisparitySearchConfig,
 )
 from rdarts_fast.config_language import (
+    LanguageConfig,
     LanguageRandomSearchConfig,
     LanguageRetrainConfig,
     LanguageSearchConfig,
@@ -142,6 +143,8 @@ def _finished(base: Config, config: Config) -> Config:
 def _absolute(config: Config) -> Config:
     loader, _, path = config.data.partition(":")
     data = f"{loader}:{Path(path).absolute()}" if path else config.data
+    if isinstance(config, LanguageConfig) and data != config.own_data and not path:
+        data = str(Path(data).absolute())  # a folder, without a loader's name
     changes: dict[str, Any] = {"data": data, "data_root": config.data_root.absolute()}
     if isinstance(config, SupernetConfig) and config.space.endswith(".json"):
         changes["space"] = str(Path(config.space).absolute())

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -427,28 +426,9 @@ def test_a_genotype_of_other_cells_has_no_weights(tmp_path) -> None:
 # Commands
 
 
-@dataclass(frozen=True)
-class OwnSearch(SearchConfig):
-    """Settings of a task that a test makes up."""
-
-    own_data = "topics"
-    task: str = "language"
-    data: str = "topics"
-
-
-@dataclass(frozen=True)
-class OwnRetrain(RetrainConfig):
-    """Settings of the retrainings."""
-
-    own_data = "topics"
-    task: str = "language"
-
-
-def test_commands_name_the_task_and_other_data_than_its_own(tmp_path, monkeypatch) -> None:
-    kinds = {SearchConfig: OwnSearch, RetrainConfig: OwnRetrain}
-    monkeypatch.setattr(config_sources, "KINDS", {**config_sources.KINDS, "language": kinds})
-    for data, named in (("topics", False), ("digits", True)):
-        folder = tmp_path / data
+def test_commands_name_the_task_and_other_data_than_its_own(tmp_path) -> None:
+    for data, named in (("pydoc", False), ("/texts/own", True)):
+        folder = tmp_path / data.strip("/")
         search = plant_search(folder / "s", task="language", data=data, seed=3)
         run = plant_retraining(folder / "r", search, 90.0, seed=2)
         for name, kind in (("s", SearchConfig), ("r", RetrainConfig)):
