@@ -68,6 +68,8 @@ class Book:
             chosen["RDARTS_CUDA_ARCHS"] = os.environ.get("RDARTS_CUDA_ARCHS", "90")
         beside = str(Path(self.python).parent)  # where cmake and ninja may lie
         chosen["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), beside])
+        if self.dry:  # two threads wait for each other longer than tiny sizes take
+            chosen["OMP_NUM_THREADS"] = "1"
         return {**os.environ, **chosen}
 
 
