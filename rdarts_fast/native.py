@@ -95,6 +95,8 @@ def misfit(device: torch.device) -> str | None:
     build = build_info()
     if not build["cuda_archs"]:  # torch need not know the device
         return gpu_fit.misfit(0, None, build)
+    if not torch.cuda.is_available():  # it would raise when asked for more
+        return gpu_fit.unusable(gpu_fit.driver_version(), torch.version.cuda)
     index = torch.cuda.current_device() if device.index is None else device.index
     return _misfit(index, tuple(build["cuda_archs"]), build["cuda_runtime"])
 

@@ -140,3 +140,11 @@ def test_the_cpu_has_kernels() -> None:
     assert native.runs_on(torch.device("cpu"))
     training.check_kernels(torch.device("cpu"))
     assert Draws(0).uniform(0, (3,)).shape == (3,)
+
+
+def test_a_build_for_gpus_knows_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "build_info", lambda: {**native.extension.build_info(), **BUILD})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_fit, "driver_version", lambda: None)
+    assert native.misfit(torch.device("cuda")) == "no NVIDIA driver was found"
+    assert not native.runs_on(torch.device("cuda:1"))
