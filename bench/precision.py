@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -145,24 +146,18 @@ def trained(arguments: argparse.Namespace) -> Point:
 def forward_rounded() -> Iterator[None]:
     """Let cells exchange and compute bfloat16 tensors, forward too."""
     stem, head = supernet.fused_stem, torch.nn.Linear.forward
-    supernet.fused_stem = lambda *given: stem(*given).bfloat16()
-    torch.nn.Linear.forward = lambda module, x: head(module, x.float())  # type: ignore[method-assign]
-    try:
+    with (
+        mock.patch.object(supernet, "fused_stem", lambda *given: stem(*given).bfloat16()),
+        mock.patch.object(torch.nn.Linear, "forward", lambda layer, x: head(layer, x.float())),
+    ):
         yield
-    finally:
-        supernet.fused_stem = stem
-        torch.nn.Linear.forward = head  # type: ignore[method-assign]
 
 
 @contextmanager
 def masks_rounded() -> Iterator[None]:
     """Round what is kept to the nearest, whatever ReLU reads it."""
-    before = narrow.rounded
-    narrow.rounded = lambda z, *maps: rounding.rounded(z)
-    try:
+    with mock.patch.object(narrow, "rounded", lambda z, *maps: rounding.rounded(z)):
         yield
-    finally:
-        narrow.rounded = before
 
 
 def rows(point: Point) -> Iterator[dict[str, Any]]:

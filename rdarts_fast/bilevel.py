@@ -37,6 +37,7 @@ class VirtualStep:
     momentum: float
     weight_decay: float
     buffers: Sequence[Tensor | None]  # one momentum buffer a parameter, None before the first step
+    clip: float | None = None  # largest norm of both gradients in the weights; see second_order
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,20 @@ def second_order(
     parameters and buffers are the same bits afterwards. The closures are called four times:
     training at w, validation at w', training at w + eps v and w - eps v; with `exact`, three times,
     training at w in place of the last two, and the mixed derivative is no difference.
+
+    With step.clip, as in DARTS's search for a recurrent cell, dL_train/dw and dL_val/dw' are cut to
+    that norm, and v is the latter + weight_decay * w'.
     """
     parameters = list(parameters)
     with unchanged(buffers), unchanged(parameters) as at_w:
         _virtual_step(training_loss(), parameters, step)
         loss = validation_loss()
         gradients = torch.autograd.grad(loss, [*alphas, *parameters], materialize_grads=True)
-        direct, vector = list(gradients[: len(alphas)]), gradients[len(alphas) :]
+        direct, vector = list(gradients[: len(alphas)]), list(gradients[len(alphas) :])
         with torch.no_grad():
+            if step.clip is not None:
+                cut(vector, step.clip)
+                torch._foreach_add_(vector, parameters, alpha=step.weight_decay)
             torch._foreach_copy_(parameters, at_w)
         if exact:
             implicit = exact_implicit_term(training_loss, parameters, alphas, vector)
@@ -132,10 +139,18 @@ def second_order(
     return AlphaGradient(direct, loss.detach())
 
 
+def cut(gradient: list[Tensor], most: float) -> None:
+    """Scale a gradient in place, so that its norm is at most `most`."""
+    norm = torch.nn.utils.get_total_norm(gradient)
+    torch._foreach_mul_(gradient, (most / (norm + 1e-6)).clamp(max=1.0))
+
+
 def _virtual_step(loss: Tensor, parameters: list[Tensor], step: VirtualStep) -> None:
-    gradient = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    gradient = list(torch.autograd.grad(loss, parameters, materialize_grads=True))
     with torch.no_grad():
-        move = torch._foreach_add(list(gradient), parameters, alpha=step.weight_decay)
+        if step.clip is not None:
+            cut(gradient, step.clip)
+        move = torch._foreach_add(gradient, parameters, alpha=step.weight_decay)
         pairs = [(m, b) for m, b in zip(move, step.buffers, strict=True) if b is not None]
         if pairs:
             moves, momenta = (list(column) for column in zip(*pairs, strict=True))

@@ -129,6 +129,7 @@ class SupernetConfig(RunConfig):
 class SearchConfig(SupernetConfig):
     """Settings of a search (paper, section 2.1; the values of DARTS)."""
 
+    clips_virtual_step: ClassVar[bool] = False  # by grad_clip, where the published code does
     data_defaults: ClassVar[Mapping[str, Values]] = {"digits": _SMALL_SEARCH}
     presets: ClassVar[Mapping[str, Values | None]] = {
         "default": None,  # the data set's own

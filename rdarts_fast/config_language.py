@@ -101,6 +101,7 @@ class LanguageConfig:
 class LanguageSearchConfig(LanguageConfig, SearchConfig):
     """Settings of the search for a recurrent cell."""
 
+    clips_virtual_step: ClassVar[bool] = True
     data_defaults: ClassVar[Mapping[str, Values]] = {
         "pydoc": {**_EMBEDDED, "alpha_learning_rate": 3e-2}
     }

@@ -113,8 +113,11 @@ def free_bytes(device: torch.device) -> float:
 
 def ways_of(config: SupernetConfig, task: Task, supernet: SearchNetwork) -> list[Way]:
     """Return the ways to compute a supernet's pass that there are, measured on a few images: as it
-    is, cells computed again, and on GPUs in bfloat16.
+    is, cells computed again, and on GPUs in bfloat16. Empty where rows are not what fills a batch,
+    and where a batch has too few to measure.
     """
+    if not task.divisible or len(task.search_epoch(Draws(0))[0]) < SIZES[1]:
+        return []
     device = next(supernet.parameters()).device
     asked: list[tuple[str, str, bool]] = [("", config.precision, config.checkpoint_cells)]
     if not config.checkpoint_cells and "--checkpoint-cells" in supernet.has:

@@ -360,7 +360,7 @@ def validation_cost(
     sums, draws = Sums(), Draws(settings.seed, pass_index=training.EVALUATION_PASS)
     cutout = cutout_probability(settings)
     weights = on_network(one_hot_weights(state.supernet.space, genotype.cells), state.supernet)
-    supernet = task.only(state.supernet.eval(), weights)
+    supernet = state.supernet.eval().restricted(weights)
     for b, rows in enumerate(batches):
         key = draws.at(step=(stage << 16) | b)
         batch = task.training_batch(rows, key, cutout, validation=True)

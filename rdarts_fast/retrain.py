@@ -24,6 +24,7 @@ from rdarts_fast.errors import UserError, exit_on_user_error
 from rdarts_fast.events import Events
 from rdarts_fast.genotype import Genotype, read_genotype
 from rdarts_fast.metrics import Outcome, Sums, metric_of
+from rdarts_fast.networks import TrainedNetwork
 from rdarts_fast.networks.precision import BF16
 from rdarts_fast.ranks import Bystander, Part, Ranks, joined, prints_here
 from rdarts_fast.run_dir import RESULT, Run, RunDir
@@ -124,6 +125,8 @@ def retrain(settings: RetrainConfig) -> Run:
 def _retrain(settings: RetrainConfig, device: torch.device, ranks: Ranks) -> Run:
     genotype = find_genotype(settings)
     task = tasks.load(settings, device)
+    if ranks.count > 1 and not task.divisible:
+        raise UserError(f"--task {settings.task}: a batch cannot be divided: run it on one process")
     network = task.network(settings, genotype).to(device)
     state = RetrainState.start(settings, network, task.optimizer(network))
     if settings.compile:
@@ -135,7 +138,7 @@ def _retrain(settings: RetrainConfig, device: torch.device, ranks: Ranks) -> Run
         training.Stop().watching() as stop,
     ):
         announce(settings, where, task, state, run)
-        model = ranks.wrapped(state.network, device, all_used=task.uses_all(state.network))
+        model = ranks.wrapped(state.network, device, all_used=state.network.uses_all)
         with (
             training.event_writer(settings, run, state.epoch, ranks.first) as events,
             memory.explained(settings, device),
@@ -208,7 +211,7 @@ def autocast(settings: RetrainConfig, device: torch.device) -> torch.autocast:
 class RetrainState:
     """Everything that changes during a retraining, and that a checkpoint holds."""
 
-    network: nn.Module
+    network: TrainedNetwork
     optimizer: torch.optim.Optimizer
     epoch: int = 0
     step: int = 0  # within the epoch
@@ -220,7 +223,7 @@ class RetrainState:
 
     @classmethod
     def start(
-        cls, settings: RetrainConfig, network: nn.Module, optimizer: torch.optim.Optimizer
+        cls, settings: RetrainConfig, network: TrainedNetwork, optimizer: torch.optim.Optimizer
     ) -> RetrainState:
         """Return the state before the first step."""
         if settings.channels_last:
@@ -269,8 +272,9 @@ def loop(
         rate = training.cosine(
             epoch, settings.epochs, settings.learning_rate, settings.learning_rate_min
         )
-        drop_path = training.linear(epoch, settings.epochs, settings.drop_path_prob)
-        task.set_drop_path(state.network, drop_path)
+        state.network.drop_path_prob = training.linear(
+            epoch, settings.epochs, settings.drop_path_prob
+        )
         batches = task.retrain_epoch(draws.at(step=epoch), holdout=settings.holdout)
         state.network.train()
         for rows in training.progress(batches, state.step, f"epoch {epoch}"):
@@ -364,7 +368,7 @@ def end_epoch(
     record = {
         "epoch": state.epoch,
         "learning_rate": rate,
-        "drop_path_prob": training.linear(state.epoch, settings.epochs, settings.drop_path_prob),
+        "drop_path_prob": state.network.drop_path_prob,
         "train_loss": state.sums.loss if first else 0.0,
         f"train_{metric.name}": state.sums.score(metric) if first else 0.0,
         f"{on}_loss": tested.loss,

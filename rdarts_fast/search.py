@@ -226,7 +226,8 @@ def alpha_step(
     else:
         momenta = [state.weight_optimizer.state[p].get("momentum_buffer") for p in parameters]
         decay = state.regularisation.weight_decay
-        virtual = bilevel.VirtualStep(rate, settings.momentum, decay, momenta)
+        clip = settings.grad_clip if settings.clips_virtual_step else None
+        virtual = bilevel.VirtualStep(rate, settings.momentum, decay, momenta, clip)
         result = bilevel.second_order(
             training_loss,
             validation_loss,
@@ -279,7 +280,7 @@ def measure_curvature(
     except FloatingPointError as error:
         raise UserError(
             f"lambda_max at epoch {state.epoch}: {error}: start anew with a lower --learning-rate, "
-            f"or look at the images; the last checkpoint is kept in {run.folder}"
+            f"or look at the data; the last checkpoint is kept in {run.folder}"
         ) from error
     if found.arrays:
         run.write_bytes(f"hessian-{state.branch}-{state.epoch:03d}.npz", found.to_npz())

@@ -209,7 +209,7 @@ def not_finite(number: float, name: str, epoch: int, step: int, run: RunDir) -> 
     """Return the error of a loss or a norm that is not finite."""
     return UserError(
         f"the {name} is {number} at epoch {epoch}, batch {step}: start anew with a lower "
-        f"--learning-rate, or look at the images; the last checkpoint is kept in {run.folder}"
+        f"--learning-rate, or look at the data; the last checkpoint is kept in {run.folder}"
     )
 
 

@@ -244,3 +244,46 @@ def test_an_alpha_that_does_not_matter_gets_a_zero_gradient() -> None:
     step = bilevel.VirtualStep(0.1, 0.0, 0.0, [None])
     result = bilevel.second_order(q.training_loss, q.validation_loss, [q.w], [q.alpha, idle], step)
     assert torch.equal(result.gradient[1], torch.zeros(2, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_virtual_step_with_clipped_gradients_is_the_formula(exact: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(4, n, generator=generator).double() for n in (3, 2))
+    w, c, momentum = (torch.randn(3, generator=generator).double() for _ in range(3))
+    alpha, d = (torch.randn(2, generator=generator).double() for _ in range(2))
+    w.requires_grad_(), alpha.requires_grad_()
+    rate, decay, most = 0.1, 0.05, 0.3
+
+    def clipped(gradient: torch.Tensor) -> torch.Tensor:
+        assert gradient.norm() > most
+        return gradient * most / (gradient.norm() + 1e-6)
+
+    step = bilevel.VirtualStep(rate, 0.9, decay, [momentum], most)
+    found = bilevel.second_order(
+        lambda: 0.5 * (a @ w - b @ alpha).square().sum(),
+        lambda: 0.5 * (w - c).square().sum() + alpha @ d,
+        [w],
+        [alpha],
+        step,
+        exact=exact,
+    )
+    with torch.no_grad():
+        virtual = w - rate * (clipped(a.t() @ (a @ w - b @ alpha)) + decay * w + 0.9 * momentum)
+        v = clipped(virtual - c) + decay * virtual
+        expected = d + rate * (b.t() @ a @ v)
+    torch.testing.assert_close(found.gradient[0], expected, rtol=1e-9, atol=1e-12)
+    loose = bilevel.VirtualStep(rate, 0.9, 0.0, [momentum], 1e9)
+    plain = bilevel.VirtualStep(rate, 0.9, 0.0, [momentum])
+    one, other = (
+        bilevel.second_order(
+            lambda: 0.5 * (a @ w - b @ alpha).square().sum(),
+            lambda: 0.5 * (w - c).square().sum() + alpha @ d,
+            [w],
+            [alpha],
+            each,
+            exact=exact,
+        ).gradient[0]
+        for each in (loose, plain)
+    )
+    assert torch.equal(one, other)

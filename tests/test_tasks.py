@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rdarts_fast import analysis, bilevel, config_sources, search, tasks
+from rdarts_fast import analysis, bilevel, config_sources, memory, search, tasks
 from rdarts_fast.config import RandomSearchConfig, RetrainConfig, SearchConfig
 from rdarts_fast.curvature import hessian
 from rdarts_fast.draws import Draws
@@ -204,6 +204,57 @@ def test_the_hessian_is_that_of_the_loss(name: str, tmp_path) -> None:
     scale = float(difference.abs().max())
     assert scale > 1e-6  # of a recurrent cell's small weights; the differences' own error is 1e-10
     assert (matrix @ direction - difference).abs().max() <= 1e-3 * scale
+
+
+def test_a_language_search_of_second_order_clips_its_virtual_step(tmp_path, monkeypatch) -> None:
+    steps: list[bilevel.VirtualStep] = []
+    second_order = bilevel.second_order
+
+    def recorded(train, valid, parameters, alphas, step, **rest):
+        steps.append(step)
+        return second_order(train, valid, parameters, alphas, step, **rest)
+
+    monkeypatch.setattr(bilevel, "second_order", recorded)
+    few: dict[str, Any] = {"order": "second", "epochs": 1, "epoch_steps": 1}
+    run_search(**small_worlds.language(tmp_path, **few))
+    run_search(**small_worlds.disparity(tmp_path, out=tmp_path / "d", **few))
+    assert [step.clip for step in steps] == [0.25, None]
+
+
+def test_windows_of_a_search_have_the_published_length(tmp_path) -> None:
+    settings = config_of(small_worlds.language(tmp_path, batch_size=2, bptt=12))
+    task = tasks.load(settings, torch.device("cpu"))
+    draws = [Draws(3, step=step) for step in range(20)]
+    lengths = {len(rows) for each in draws for rows in task.search_epoch(each)[:-1]}
+    assert lengths == {12, 6}
+    varied = {len(rows) for each in draws for rows in task.retrain_epoch(each)}
+    assert len(varied) > 5
+
+
+def test_a_window_is_not_divided_among_processes(tmp_path) -> None:
+    run = run_search(**small_worlds.language(tmp_path, epochs=1, epoch_steps=1))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "rdarts_fast.retrain", str(run.folder), "--epochs", "1"]
+    done = subprocess.run(
+        [sys.executable, *command, "--out", str(tmp_path / "r")],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "--task language: a batch cannot be divided: run it on one process" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+@world
+def test_what_would_fit_is_told_where_rows_fill_a_batch(name: str, tmp_path, monkeypatch) -> None:
+    settings = config_of(WORLDS[name](tmp_path))
+    task = tasks.load(settings, torch.device("cpu"))
+    supernet = task.supernet(settings, load_space(settings.space))
+    assert memory.ways_of(settings, task, supernet) == []  # batches of two pairs are too small
+    monkeypatch.setattr(memory, "SIZES", (1, 2))
+    ways = memory.ways_of(settings, task, supernet)
+    assert [way.bytes > 0 for way in ways] == ([True] if task.divisible else [])
 
 
 # Settings

@@ -75,6 +75,23 @@ struct CorrelationViews {
   int64_t channels, first, count;
 };
 
+// Writes a thread's results, means over the channels, where there are such a pixel and such results.
+template <typename Views, typename T>
+__device__ void write(const Views& a, int64_t results, const Corner& place, int x, int own,
+                      const T (&sum)[kOwn]) {
+  const T part = T(1) / static_cast<T>(a.channels);
+  const int64_t pixel = place.pixel + x;
+  const int64_t offset = place.sample * a.out.steps.sample + place.row * a.out.steps.row +
+                         pixel * a.out.steps.pixel;
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    const int64_t result = place.result + own + j;
+    if (pixel < a.width && result < results) {
+      a.out.memory[offset + result * a.out.steps.channel] = sum[j] * part;
+    }
+  }
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
 correlation_kernel(const __grid_constant__ CorrelationViews<T> a) {
@@ -103,17 +120,7 @@ correlation_kernel(const __grid_constant__ CorrelationViews<T> a) {
     }
     __syncthreads();  // the next channels go there
   }
-  const T part = T(1) / static_cast<T>(a.channels);
-  const int64_t pixel = place.pixel + x;
-  const int64_t offset = place.sample * a.out.steps.sample + place.row * a.out.steps.row +
-                         pixel * a.out.steps.pixel;
-#pragma unroll
-  for (int j = 0; j < kOwn; ++j) {
-    const int64_t result = place.result + own + j;
-    if (pixel < a.width && result < a.count) {
-      a.out.memory[offset + result * a.out.steps.channel] = sum[j] * part;
-    }
-  }
+  write(a, a.count, place, x, own, sum);
 }
 
 template <typename T>
@@ -157,17 +164,7 @@ correlation_adjoint_kernel(const __grid_constant__ AdjointViews<T> a) {
     }
     __syncthreads();  // the next displacements go there
   }
-  const T part = T(1) / static_cast<T>(a.channels);
-  const int64_t pixel = place.pixel + x;
-  const int64_t offset = place.sample * a.out.steps.sample + place.row * a.out.steps.row +
-                         pixel * a.out.steps.pixel;
-#pragma unroll
-  for (int j = 0; j < kOwn; ++j) {
-    const int64_t channel = place.result + own + j;
-    if (pixel < a.width && channel < a.channels) {
-      a.out.memory[offset + channel * a.out.steps.channel] = sum[j] * part;
-    }
-  }
+  write(a, a.channels, place, x, own, sum);
 }
 
 // ---- On the host.

@@ -25,7 +25,7 @@ from rdarts_fast.errors import UserError
 EOS, UNKNOWN = "<eos>", "<unk>"
 PARTS = ("train", "valid", "test")
 HALF_CHANCE = 0.05  # of a window of half the length
-SHORTEST, LONGER, SPREAD = 5, 20, 5.0  # words: of a window; beyond the usual; its deviation
+SHORTEST, LONGER, DEVIATION = 5, 20, 5.0  # words: of a window; beyond the usual; published
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,11 @@ def windows(length: int, size: int) -> list[Tensor]:
     return list(torch.arange(length - 1).split(size))
 
 
-def random_windows(length: int, size: int, draws: Draws) -> list[Tensor]:
-    """Return the rows in windows of random length, about `size` words or half of it (published:
-    normal, deviation 5, at least 5 and at most 20 more), keyed by draws.step.
+def random_windows(
+    length: int, size: int, draws: Draws, deviation: float = DEVIATION
+) -> list[Tensor]:
+    """Return the rows in windows of `size` words, or in one of twenty half as many, their lengths
+    normal about that with a deviation; at least 5 and at most 20 more; keyed by draws.step.
     """
     most = length // SHORTEST + 1
     halved = draws.uniform(SITE_ORDER, (most,)) < HALF_CHANCE
@@ -150,7 +152,7 @@ def random_windows(length: int, size: int, draws: Draws) -> list[Tensor]:
     while start < length - 1:
         i = len(found)
         usual = size / 2 if halved[i] else size
-        drawn = int(usual + SPREAD * float(normal[i]))
+        drawn = int(usual + deviation * float(normal[i]))
         end = min(start + min(max(SHORTEST, drawn), size + LONGER), length - 1)
         found.append(torch.arange(start, end))
         start = end

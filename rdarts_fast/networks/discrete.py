@@ -23,6 +23,7 @@ from rdarts_fast.networks.operations import (
     stem,
 )
 from rdarts_fast.networks.supernet import SITES_PER_CELL, STEM_MULTIPLIER, is_reduction
+from rdarts_fast.networks.trained_network import TrainedNetwork
 from rdarts_fast.spaces import INPUTS
 
 AUXILIARY_SMALLEST = 4  # the auxiliary head needs a feature map of at least this size
@@ -109,7 +110,7 @@ class AuxiliaryHead(nn.Module):
         return logits
 
 
-class Network(nn.Module):
+class Network(TrainedNetwork):
     """The network of `genotype` with `layers` cells of `channels` channels at the start (paper,
     appendix B.1).
 
@@ -131,7 +132,6 @@ class Network(nn.Module):
         if min(channels, layers, classes, image_channels) < 1:
             raise ValueError("channels, layers, classes and image_channels need to be at least 1")
         self.genotype = genotype
-        self.drop_path_prob = 0.0
         self.stem = stem(image_channels, STEM_MULTIPLIER * channels)
         inputs = (STEM_MULTIPLIER * channels, STEM_MULTIPLIER * channels)
         self.cells = nn.ModuleList()

@@ -34,9 +34,9 @@ from rdarts_fast.networks.disparity_cells import (
     cell_factors,
 )
 from rdarts_fast.networks.disparity_operations import convolution, he
-from rdarts_fast.networks.operations import Probability
 from rdarts_fast.networks.search_network import SearchNetwork, Weights
 from rdarts_fast.networks.supernet import BACKENDS, SITES_PER_CELL, sharing
+from rdarts_fast.networks.trained_network import TrainedNetwork
 from rdarts_fast.spaces import CELLS, FAMILIES, Space, load_space
 
 CELL_TYPES = FAMILIES["disparity"]
@@ -104,8 +104,6 @@ class DisparityNet(nn.Module):
 
     backend: "fused" correlates the views on a kernel, "reference" by unfolded rows.
     """
-
-    drop_path_prob: Probability
 
     def build(self, settings: DisparitySettings, nodes: int, backend: str) -> None:
         """Make the modules."""
@@ -267,7 +265,7 @@ def _search_cells(net: nn.Module, name: str) -> list[DisparitySearchCell]:
     return [cell for cell in cells if isinstance(cell, DisparitySearchCell)]
 
 
-class DisparityNetwork(DisparityNet):
+class DisparityNetwork(DisparityNet, TrainedNetwork):
     """The network of `genotype`, trained from scratch.
 
     Call it on views [N, 2, C, H, W]. `drop_path_prob` as in the supernet, never on an identity.
@@ -281,7 +279,7 @@ class DisparityNetwork(DisparityNet):
             found = ", ".join(genotype.cells)
             raise UserError(f"genotype: cells for disparity needed, has {found}")
         super().__init__()
-        self.genotype, self.drop_path_prob = genotype, 0.0
+        self.genotype = genotype
         self.build(settings or DisparitySettings(), genotype.nodes, backend)
 
     def make_cell(

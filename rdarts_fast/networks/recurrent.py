@@ -27,6 +27,7 @@ from rdarts_fast.genotype import Genotype
 from rdarts_fast.kernels.recurrent_node import CURVES
 from rdarts_fast.networks.recurrent_cell import recurrent_cell
 from rdarts_fast.networks.search_network import SearchNetwork, Weights
+from rdarts_fast.networks.trained_network import TrainedNetwork
 from rdarts_fast.spaces import Candidates, Space, load_space
 
 INIT_RANGE = 0.04  # of embeddings and the cell's weights, uniform on both sides of 0
@@ -235,7 +236,7 @@ def mixed_node(states: Tensor, gates: Tensor, mix: Tensor, names: Collection[str
     return total
 
 
-class RecurrentNetwork(LanguageModel):
+class RecurrentNetwork(LanguageModel, TrainedNetwork):
     """The language model of a genotype."""
 
     def __init__(

@@ -76,10 +76,10 @@ class SearchNetwork(nn.Module):
         return alphas
 
     def restricted(self, weights: Weights) -> SearchNetwork:
-        """Return a network that computes only what has a weight other than 0. Raises UserError
-        where a supernet has no such form.
+        """Return what computes no candidate whose weight is 0, where a supernet has such a form;
+        else itself.
         """
-        raise UserError(f"--skip-unsampled: not for the space {self.space.name}")
+        return self
 
     def check_weights(self, weights: Weights) -> None:
         """Raise ValueError where the operations' weights do not fit the space."""

@@ -66,8 +66,9 @@ def _show(ax: Axes, values: np.ma.MaskedArray, low: float, high: float, colors: 
     scale = colormaps[colors].with_extremes(bad=_UNKNOWN)
     high = max(high, low + 1e-6)
     # Nearest: no values between a known and an unknown pixel, or across an edge of the scene.
-    look = {"cmap": scale, "vmin": low, "vmax": high, "interpolation": "nearest"}
-    return ax.imshow(values, aspect="auto", **look)  # type: ignore[arg-type]
+    return ax.imshow(
+        values, aspect="auto", cmap=scale, vmin=low, vmax=high, interpolation="nearest"
+    )
 
 
 def _beyond(values: np.ma.MaskedArray, low: float, high: float) -> str:

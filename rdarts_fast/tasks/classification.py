@@ -171,14 +171,6 @@ class Classification(Task):
         images, labels = batch
         return supernet.hessian_operator(alphas, images, labels, draws)
 
-    def only(self, supernet: SearchNetwork, weights: Weights) -> nn.Module:
-        """Return the supernet without the candidates that weigh nothing."""
-        return supernet.restricted(weights)
-
-    def uses_all(self, network: nn.Module) -> bool:
-        """Whether the network's loss depends on every parameter."""
-        return isinstance(network, Network) and network.uses_all
-
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Return SGD with momentum."""
         return training.sgd(network.parameters(), self.settings)

@@ -24,7 +24,6 @@ from rdarts_fast.draws import SITE_SAMPLE, SITE_STREAM_VALIDATION, Draws
 from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype
 from rdarts_fast.metrics import METRICS, Outcome
-from rdarts_fast.networks import SearchNetwork
 from rdarts_fast.networks.disparity import (
     Disparities,
     DisparityNetwork,
@@ -132,14 +131,6 @@ class Disparity(Task):
         """Return the outcome of a network's pass."""
         views, target = batch
         return outcome(Disparities(*network(views, draws)), target)
-
-    def only(self, supernet: SearchNetwork, weights: Weights) -> nn.Module:
-        """Return the supernet without the candidates that weigh nothing."""
-        return supernet.restricted(weights)
-
-    def uses_all(self, network: nn.Module) -> bool:
-        """Whether the network's loss depends on every parameter."""
-        return isinstance(network, DisparityNetwork) and network.uses_all
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Return Adam, as published."""

@@ -47,6 +47,7 @@ class Language(Task):
     words: LanguageConfig  # the same settings, as what they are of a language model
 
     metric = METRICS["language"]
+    divisible = False  # rows are the places of one window
 
     @classmethod
     def load(cls, config: RunConfig, device: torch.device) -> Language:
@@ -213,15 +214,18 @@ class Language(Task):
     # Windows
 
     def search_epoch(self, draws: Draws) -> list[Tensor]:
-        """Return the rows of each window of an epoch, of random length (draws.step is the
-        epoch).
+        """Return the rows of each window of an epoch: `bptt` words, or in one of twenty half as
+        many (draws.step is the epoch).
         """
-        found = text.random_windows(len(self.train), self.words.bptt, draws)
+        found = text.random_windows(len(self.train), self.words.bptt, draws, deviation=0.0)
         return found[: self.settings.epoch_steps]
 
     def retrain_epoch(self, draws: Draws, *, holdout: bool = False) -> list[Tensor]:
-        """Return the rows of each window of an epoch; the held-out text is always apart."""
-        return self.search_epoch(draws)
+        """Return the rows of each window of an epoch, of random length; the held-out text is always
+        apart.
+        """
+        found = text.random_windows(len(self.train), self.words.bptt, draws)
+        return found[: self.settings.epoch_steps]
 
     def validation_rows(self, draws: Draws) -> Tensor:
         """Return the window of the alphas' text of a step: one after the other, and again from the

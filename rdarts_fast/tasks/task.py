@@ -23,7 +23,7 @@ from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype
 from rdarts_fast.metrics import Metric, Outcome
-from rdarts_fast.networks import SearchNetwork, softmax_weights
+from rdarts_fast.networks import SearchNetwork, TrainedNetwork, softmax_weights
 from rdarts_fast.spaces import Space, family, spaces_of
 
 Batch = tuple[Tensor, ...]
@@ -64,6 +64,7 @@ class Task(ABC):
     """
 
     metric: ClassVar[Metric]
+    divisible: ClassVar[bool] = True  # rows are items of their own, --batch-size of them a batch
     fixed_shapes: ClassVar[bool] = False  # batches of as many rows are alike and carry nothing on
 
     @classmethod
@@ -105,7 +106,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def network(self, config: RetrainConfig, genotype: Genotype) -> nn.Module:
+    def network(self, config: RetrainConfig, genotype: Genotype) -> TrainedNetwork:
         """Return the genotype's network at its start, drawn from the config's seed."""
 
     @abstractmethod
@@ -150,18 +151,6 @@ class Task(ABC):
 
         with bilevel.frozen(list(supernet.parameters())):
             return HessianOperator(loss, list(alphas.values()))
-
-    def only(self, supernet: SearchNetwork, weights: Weights) -> nn.Module:
-        """Return what computes the architecture of one-hot weights, faster where there is a way."""
-        return supernet
-
-    def set_drop_path(self, network: nn.Module, probability: float) -> None:
-        """Set the probability of dropping an operation of a network trained from scratch."""
-        network.drop_path_prob = probability  # type: ignore[assignment]  # read by those that drop
-
-    def uses_all(self, network: nn.Module) -> bool:
-        """Whether a network's loss depends on every parameter."""
-        return True
 
     # Optimisers of a network trained from scratch
 
