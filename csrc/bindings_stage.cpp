@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <memory>
 #include <tuple>
 
 #include "bindings.h"
@@ -55,7 +54,6 @@ void sep_stage_gated_at(int dtype, const Shape& shape, const Numbers& x, const N
                         const Shape& out_shape, const Numbers& z, const Geometry& geometry,
                         const Addresses& weights, Address scale, Address by_gate, Address shift,
                         Address buffer, const Place& place) {
-  if (place.device >= 0) throw std::invalid_argument("gate: expected tensors on the CPU");
   Operands operands(dtype, shape, x, geometry, weights, scale, shift);
   const std::vector<Array> gates = arrays_of(dtype, shape, gate);
   const std::vector<Array> out = arrays_of(dtype, out_shape, z);
@@ -67,18 +65,32 @@ void sep_stage_gated_at(int dtype, const Shape& shape, const Numbers& x, const N
   run(StageForward{operands.stage, out.data(), sums, sums + size}, place);
 }
 
-// x, the result and the gradient are dense; the sums follow one another at `sums` (moments.h).
+TangentMoments moments_of(int dtype, int64_t directions, const Shape& shape) {
+  TangentMoments a = {};
+  a.dtype = static_cast<DType>(dtype), a.directions = directions;
+  a.samples = shape[0], a.pixels = shape[2] * shape[3], a.channels = shape[1];
+  return a;
+}
+
+int64_t moments_buffer(int dtype, int64_t directions, const Shape& shape, const Place& place) {
+  const TangentMoments a = moments_of(dtype, directions, shape);
+  if (place.device >= 0) {
+    if constexpr (kCuda) return a.size() + cuda::moments_workspace(a);
+  }
+  return a.size() + moments_workspace(a);
+}
+
+// x, the result and the gradient are dense; the sums follow one another (moments.h).
 void tangent_moments_at(int dtype, int64_t directions, const Shape& shape,
-                        const std::array<Address, 4>& operands, Address sums, const Place& place) {
-  if (place.device >= 0) throw std::invalid_argument("moments: expected tensors on the CPU");
-  TangentMoments a = {static_cast<DType>(dtype), directions,           shape[0],
-                      shape[2] * shape[3],       shape[1],             pointer(operands[0]),
-                      pointer(operands[1]),      pointer(operands[2]), pointer(operands[3]),
-                      pointer<double>(sums),     nullptr};
-  check_cpu_dtype(a.dtype, place);
-  const std::unique_ptr<double[]> workspace(new double[moments_workspace(a)]);
-  a.workspace = workspace.get();
-  on_unit(place.unit, [&](auto unit) { tangent_moments<decltype(unit)::value>(a, place.threads); });
+                        const std::array<Address, 4>& operands, Address buffer,
+                        const Place& place) {
+  TangentMoments arguments = moments_of(dtype, directions, shape);
+  check_cpu_dtype(arguments.dtype, place);
+  arguments.x = pointer(operands[0]), arguments.result = pointer(operands[1]);
+  arguments.gradient = pointer(operands[2]), arguments.weights = pointer(operands[3]);
+  arguments.sums = pointer<double>(buffer);
+  arguments.workspace = arguments.sums + arguments.size();
+  RDARTS_LAUNCH(tangent_moments, arguments, place.threads);
 }
 
 using Map = std::array<Address, 4>;  // by_g, by_z, constant, factors
@@ -200,7 +212,9 @@ void define_stages(py::module_& module) {
   module.def("sep_stage", &sep_stage_at, "x..., z...; sums, then workspace.", released);
   module.def("sep_stage_gated", &sep_stage_gated_at, "x..., gate, z...; sums, then workspace.",
              released);
-  module.def("tangent_moments", &tangent_moments_at, "Fill the sums of moments.h.", released);
+  module.def("moments_buffer", &moments_buffer, "Doubles of buffer that the following needs.");
+  module.def("tangent_moments", &tangent_moments_at, "The sums of moments.h, then workspace.",
+             released);
   module.def("sep_stage_backward", &sep_stage_backward_at, "x..., g..., z..., dv...", released);
   module.def("mixing_buffer", &mixing_buffer, "Doubles of buffer that one of the following needs.");
   module.def("mixing", &mixing_at, "x..., z...; sums, then workspace.", released);

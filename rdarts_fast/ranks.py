@@ -143,8 +143,20 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
                 silence = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
             yield Ranks(rank, count), f"cuda:{local}" if cuda else "cpu"
+    except (RuntimeError, torch.distributed.DistError) as error:
+        if not _lost_another(error):
+            raise
+        raise UserError(
+            f"process {rank} of {count} stops, since another ended: what that one says is the cause"
+        ) from error
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _lost_another(error: Exception) -> bool:
+    """Whether a collective failed for the want of another process, by how gloo or NCCL word it."""
+    lost = ("gloo", "Connection closed by peer", "Connection reset by peer", "remote process exited")
+    return isinstance(error, torch.distributed.DistError) or any(w in str(error) for w in lost)
 
 
 def _device() -> torch.device:

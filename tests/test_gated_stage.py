@@ -1,23 +1,15 @@
 """The stages on tangents against plain torch."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from rdarts_fast.kernels.gated_stage import Tangents, gated_stage, gated_stage_twin
 from rdarts_fast.kernels.sep_stage import Geometry
+from tests.conftest import device_of
 from tests.tolerances import assert_equal
 
 GEOMETRIES = [Geometry(3, 1, 1), Geometry(3, 1, 2), Geometry(5, 2, 1), Geometry(7, 1, 2)]
-
-
-@pytest.fixture(params=["base", "best"])
-def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "base":
-        monkeypatch.setenv("RDARTS_CPU", "base")
-    yield request.param
 
 
 def operands(
@@ -28,11 +20,12 @@ def operands(
     dtype: torch.dtype,
     *,
     maps: bool = True,
+    device: str = "cpu",
 ) -> tuple[Tangents, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(device, dtype)
 
     c = shape[1]
     dx = [normal(*shape).contiguous(memory_format=torch.channels_last) for _ in range(directions)]
@@ -46,11 +39,12 @@ def operands(
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("channels", [(16, 16), (5, 3), (1, 1), (24, 40)])
 def test_it_equals_the_twin(
-    dtype: torch.dtype, geometry: Geometry, channels: tuple[int, int], unit: str
+    dtype: torch.dtype, geometry: Geometry, channels: tuple[int, int], backend: str
 ) -> None:
     for maps in (False, True):
         c, out = channels
-        given = operands((2, c, 7, 9), out, 3, geometry, dtype, maps=maps)
+        device = device_of(backend)
+        given = operands((2, c, 7, 9), out, 3, geometry, dtype, maps=maps, device=device)
         dz = gated_stage(*given, geometry)
         assert dz.is_contiguous(memory_format=torch.channels_last)
         assert_equal(dz, gated_stage_twin(*given, geometry), dtype)

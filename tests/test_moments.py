@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from rdarts_fast.kernels.moments import Moments, tangent_moments, tangent_moments_twin
+from tests.conftest import device_of
 from tests.tolerances import assert_equal
 
 
 def operands(
-    directions: int, shape: tuple[int, int, int, int], dtype: torch.dtype
+    directions: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(device, dtype)
 
     n, c, h, w = shape
     tensors = normal(directions * n, c, h, w), normal(*shape), normal(*shape)
@@ -27,7 +28,6 @@ def assert_moments_equal(got: Moments, expected: Moments, dtype: torch.dtype) ->
         assert_equal(ours, theirs, dtype, times=4.0)
 
 
-@pytest.mark.parametrize("unit", ["base", "best"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("directions", "shape"),
@@ -38,18 +38,16 @@ def assert_moments_equal(got: Moments, expected: Moments, dtype: torch.dtype) ->
         (9, (17, 24, 4, 4)),  # more samples than chunks; a block of one direction
         (70, (2, 64, 5, 5)),
         (4, (1, 3, 40, 50)),  # several tiles
+        (33, (1, 6, 9, 31)),  # a run that ends within a piece; one direction in a block's rest
     ],
 )
 def test_they_equal_the_twin(
     directions: int,
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
-    unit: str,
-    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
 ) -> None:
-    if unit == "base":
-        monkeypatch.setenv("RDARTS_CPU", "base")
-    given = operands(directions, shape, dtype)
+    given = operands(directions, shape, dtype, device_of(backend))
     exact = tangent_moments_twin(*(x.double() for x in given))
     got = tangent_moments(*given)
     assert_moments_equal(got, exact, dtype)

@@ -196,6 +196,34 @@ def test_a_retraining_on_two_processes_leaves_one_run(tmp_path) -> None:
     assert run.metrics[-1]["test_loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
 
 
+ONE_FAILS = """
+import torch
+from rdarts_fast.errors import UserError, exit_on_user_error
+from rdarts_fast.ranks import joined
+@exit_on_user_error
+def main():
+    with joined("cpu") as (ranks, device):
+        ranks.any(False)  # both are there
+        if ranks.rank == 0:
+            raise UserError("the disk is full")
+        ranks.any(False)
+main()
+"""
+
+
+def test_an_error_of_one_process_is_told_once_and_without_tracebacks(tmp_path) -> None:
+    (tmp_path / "fails.py").write_text(ONE_FAILS)
+    done = torchrun("--max-restarts=0", str(tmp_path / "fails.py"))
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "error: the disk is full" in errors
+    assert set(errors) <= {
+        "error: the disk is full",
+        "error: process 1 of 2 stops, since another ended: what that one says is the cause",
+    }
+    assert "gloo" not in done.stderr and "fails.py\", line" not in done.stderr
+
+
 KILLED = """
 import os, signal, sys
 from rdarts_fast import retrain

@@ -333,21 +333,28 @@ def test_words_become_settings() -> None:
 
 
 KILLED = """
-import os, signal, sys
+import importlib, os, signal, sys
 from pathlib import Path
-from rdarts_fast import training
 from tests.test_robust import run_robust, tiny
-left = int(sys.argv[2])
-descend = training.descend
+left, module = int(sys.argv[2]), importlib.import_module("rdarts_fast." + sys.argv[3])
+called = getattr(module, sys.argv[4])
 def counting(*given):
     global left
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    descend(*given)
-training.descend = counting
+    return called(*given)
+setattr(module, sys.argv[4], counting)
 run_robust(**tiny(Path(sys.argv[1])))
 """
+
+
+def killed(folder: Path, calls: int, module: str, name: str) -> None:
+    """Run the protocol in a process that is killed at one of the calls of a function."""
+    command = [sys.executable, "-c", KILLED, str(folder), str(calls), module, name]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
 
 
 @pytest.fixture(scope="module")
@@ -366,11 +373,8 @@ def test_killed_in_each_stage_and_started_again_the_table_is_the_same(whole, tmp
     moments = random.Random(0)
     kills = [moments.randint(1, 2), *(2 + moments.randint(1, 2) for _ in range(3))]
     kills.append(2 + moments.randint(1, 4))
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     for stage, left in enumerate(kills):
-        command = [sys.executable, "-c", KILLED, str(tmp_path), str(left)]
-        process = subprocess.run(command, env=environment, capture_output=True, timeout=120)
-        assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
+        killed(tmp_path, left, "training", "descend")
         runs = sorted((tmp_path / "robust").glob("[a-z]*/[a-z]*/config.json"))
         names = [str(path.parent.relative_to(tmp_path / "robust")) for path in runs]
         ended = [name for name in names if is_done(tmp_path / "robust" / name)]
@@ -379,6 +383,19 @@ def test_killed_in_each_stage_and_started_again_the_table_is_the_same(whole, tmp
         assert cut.startswith(order[stage])
     run_robust(**tiny(tmp_path))
     assert numbers(tmp_path / "robust") == numbers(whole)
+
+
+def test_killed_while_it_chooses_and_between_two_files_of_the_table(whole, tmp_path) -> None:
+    files = ["table.json", "table.csv", "table.md"]
+    killed(tmp_path, 1, "robust", "select")
+    assert not (tmp_path / "robust" / "final").exists()
+    for count in range(len(files)):
+        killed(tmp_path, count + 1, "tables", "write_file")
+        assert [name for name in files if (tmp_path / "robust" / name).exists()] == files[:count]
+    run_robust(**tiny(tmp_path))
+    assert numbers(tmp_path / "robust") == numbers(whole)
+    for name in files:
+        assert (tmp_path / "robust" / name).read_text() == (whole / name).read_text()
 
 
 def test_on_ray_with_a_worker_killed_the_table_is_the_same(whole, tmp_path) -> None:

@@ -20,9 +20,6 @@ constexpr int kPad = 4;             // keeps rows of a tile out of one another's
 constexpr int kMostColumns = 16;    // of a tile
 constexpr int kSharedAim = 100 * 1024;  // bytes, so that a multiprocessor holds two blocks
 
-template <typename T>
-using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // Hands out the block's dynamic shared memory, part after part.
 template <typename Sum>
 class SharedParts {

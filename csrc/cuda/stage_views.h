@@ -16,6 +16,8 @@ struct StageViews {
   View<const T> x[kTogether];
   Span<const Sum> depthwise[kTogether];  // [C, K * K]
   Span<const Sum> scale, shift;          // [edges, C] or null
+  View<const T> gate;                    // or null: relu's tangent, where it opens
+  Span<const Sum> by_gate;               // [edges, C], where gate and scale are
   int64_t channels;
   int height, width, dilation, stride, pad;
 };
@@ -26,7 +28,7 @@ RDARTS_METHOD int reach(int count, int stride, int dilation) {
   return (count - 1) * stride + (K - 1) * dilation + 1;
 }
 
-// y[rows, columns, depth] = relu(scale x + shift) from (top, left) of a sample on, zeros outside.
+// y[rows, columns, depth] = the stage's y (stage.h) from (top, left) of a sample on, zeros outside.
 template <typename T, typename Sum = SumOf<T>>
 __device__ __forceinline__ void fill_image(const StageViews<T>& s, int e, int64_t sample,
                                            int64_t channel, int top, int left, int rows,
@@ -36,8 +38,15 @@ __device__ __forceinline__ void fill_image(const StageViews<T>& s, int e, int64_
     const int h = top + row, w = left + column;
     Sum value = 0;
     if (h >= 0 && h < s.height && w >= 0 && w < s.width && channel + c < s.channels) {
-      value = value_at(x, sample, h, w, channel + c);
-      value = relu(scaled(value, s.scale, s.shift, e * s.channels + channel + c));
+      const int64_t at = e * s.channels + channel + c;
+      value = scaled(value_at(x, sample, h, w, channel + c), s.scale, s.shift, at);
+      if (s.gate.memory.data) {
+        const Sum gate = value_at(s.gate, sample, h, w, channel + c);
+        if (s.by_gate.data) value += s.by_gate[at] * gate;
+        value = gate > Sum(0) ? value : Sum(0);
+      } else {
+        value = relu(value);
+      }
     }
     y[(row * columns + column) * depth + c] = value;
   });
@@ -79,6 +88,8 @@ StageViews<T> views_of(const Stage& s, int first) {
   }
   views.scale = rows_from<Sum>(s.scale, first, edges, channels);
   views.shift = rows_from<Sum>(s.shift, first, edges, channels);
+  if (s.gate) views.gate = view_of<const T>(*s.gate, walk_over(x, false));
+  views.by_gate = rows_from<Sum>(s.by_gate, first, edges, channels);
   views.channels = channels;
   views.height = static_cast<int>(x.shape[2]), views.width = static_cast<int>(x.shape[3]);
   views.dilation = s.dilation, views.stride = s.stride;

@@ -24,10 +24,13 @@ namespace rdarts {
 template <typename T>
 constexpr int kMostLanes = sizeof(T) == 2 ? 8 : 4;
 
+template <typename T>
+using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 template <typename T, int lanes, bool inner, int rows>
 struct Tile {
   using Type = T;
-  using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;  // and coefficients
+  using Sum = SumOf<T>;  // and coefficients
   static constexpr int kLanes = lanes, kRows = rows;
   static constexpr bool kInner = inner;
   static constexpr int kPixels = inner ? rows : lanes, kChannels = inner ? lanes : 1;

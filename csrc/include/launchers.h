@@ -61,7 +61,7 @@ void sep_stage(const StageForward& arguments, int threads);
 template <Unit unit>
 void sep_stage_backward(const StageBackward& arguments, int threads);
 
-// moments.h; on the CPU only.
+// moments.h
 template <Unit unit>
 void tangent_moments(const TangentMoments& arguments, int threads);
 
@@ -110,6 +110,11 @@ void term_coefficients(const TermCoefficients& arguments, const Place& place);
 void term_gradients(const TermGradients& arguments, const Place& place);
 void row_gradients(const RowGradients& arguments, const Place& place);
 void rounding(const Rounding& arguments, const Place& place);
+
+// Doubles of workspace that the moments need.
+int64_t moments_workspace(const TangentMoments& arguments);
+void tangent_moments(const TangentMoments& arguments, const Place& place);
+
 void pool(const Pool& arguments, const Place& place);
 void pool_tangent(const Pool& arguments, const Place& place);
 void pool_adjoint(const PoolAdjoint& arguments, const Place& place);

@@ -25,7 +25,7 @@ struct Stage {
   const void* shift;             // [G, C], where scale is
   const void* const* depthwise;  // [G] of [C, 1, K, K]
   const void* const* pointwise;  // [G] of [O, C, 1, 1]
-  const Array* gate = nullptr;   // like x, of all edges: the tangent of relu. Forward, on the CPU
+  const Array* gate = nullptr;   // like x, of all edges: the tangent of relu. Forward only
   const void* by_gate = nullptr;  // [G, C], where scale is
 };
 

@@ -48,15 +48,12 @@ def gated_stage(
     """Return dz, [V N, O, H', W'] with the direction outermost and channels innermost. Not
     differentiable.
 
-    depthwise: [C, 1, K, K]. pointwise: [O, C, 1, 1]. On the CPU one pass; elsewhere plain torch.
-    Raises TypeError and ValueError.
+    depthwise: [C, 1, K, K]. pointwise: [O, C, 1, 1]. Raises TypeError and ValueError.
     """
     _check(tangents, depthwise, pointwise, geometry)
     n, _, h, w = tangents.gate.shape
     directions, stride = len(tangents.dx), geometry.stride
     shape = (directions * n, pointwise.shape[0], -(-h // stride), -(-w // stride))
-    if tangents.gate.device.type != "cpu":
-        return gated_stage_twin(tangents, depthwise, pointwise, geometry)
     dz = array.empty(tangents.gate, shape, torch.channels_last)
     for first in range(0, directions, MOST_DIRECTIONS):
         last = min(first + MOST_DIRECTIONS, directions)
@@ -115,8 +112,9 @@ def _launch(
     z = list(out.split(len(gate)))
     place, shape, out_shape = native.place(gate.device), tuple(gate.shape), tuple(z[0].shape)
     size = native.extension.stage_buffer(count, shape, out_shape, geometry, False, place)
-    buffer = torch.empty(size, dtype=torch.float64)
-    weights = [w.contiguous() for w in (depthwise, pointwise)]
+    buffer = torch.empty(size, dtype=torch.float64, device=gate.device)
+    coefficient = array.coefficient_dtype(gate.dtype)
+    weights = [w.to(coefficient).contiguous() for w in (depthwise, pointwise)]
     maps = [array.contiguous(m) for m in (tangents.scale, tangents.by_gate, tangents.shift)]
     native.extension.sep_stage_gated(
         array.DTYPES[gate.dtype],

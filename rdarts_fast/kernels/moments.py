@@ -31,8 +31,8 @@ class Moments(NamedTuple):
 def tangent_moments(dz: Tensor, result: Tensor, gradient: Tensor, weights: Tensor) -> Moments:
     """Return the sums; not differentiable.
 
-    dz: [V N, C, H, W], the direction outermost. result, gradient: [N, C, H, W]. weights: [C]. On
-    the CPU one pass; elsewhere plain torch. Raises TypeError and ValueError.
+    dz: [V N, C, H, W], the direction outermost. result, gradient: [N, C, H, W]. weights: [C].
+    Raises TypeError and ValueError.
     """
     array.check_images(dz, "dz")
     array.check_alike(gradient, "gradient", result, "result")
@@ -45,20 +45,15 @@ def tangent_moments(dz: Tensor, result: Tensor, gradient: Tensor, weights: Tenso
         raise ValueError(f"weights: expected shape ({channels},), got {tuple(weights.shape)}")
     inner = torch.channels_last
     dz, result, gradient = (x.contiguous(memory_format=inner) for x in (dz, result, gradient))
-    if dz.device.type != "cpu":
-        return tangent_moments_twin(dz, result, gradient, weights)
     directions, channels = len(dz) // len(result), result.shape[1]
-    weights = weights.to(dz.dtype).contiguous()
-    size = directions * channels
-    sums = torch.empty(directions**2 + 3 * size, dtype=torch.float64)
-    native.extension.tangent_moments(
-        array.DTYPES[dz.dtype],
-        directions,
-        tuple(result.shape),
-        [x.data_ptr() for x in (dz, result, gradient, weights)],
-        sums.data_ptr(),
-        native.place(dz.device),
-    )
+    weights = weights.to(array.coefficient_dtype(dz.dtype)).contiguous()
+    place, size = native.place(dz.device), directions * channels
+    given = array.DTYPES[dz.dtype], directions, tuple(result.shape)
+    doubles = native.extension.moments_buffer(*given, place)
+    buffer = torch.empty(doubles, dtype=torch.float64, device=dz.device)
+    addresses = [x.data_ptr() for x in (dz, result, gradient, weights)]
+    native.extension.tangent_moments(*given, addresses, buffer.data_ptr(), place)
+    sums = buffer[: directions**2 + 3 * size]
     pairs, *rest = sums.split([directions**2, size, size, size])
     return Moments(
         pairs.view(directions, directions), *(x.view(directions, channels) for x in rest)

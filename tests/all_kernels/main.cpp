@@ -227,6 +227,16 @@ void stages(Case& c, int kernel, int dilation, int stride) {
   forward.workspace = c.memory.doubles(cuda::stage_workspace(stage, small.data(), false));
   cuda::sep_stage(forward, kPlace);
 
+  const Array gate = c.in(c.shape);
+  std::vector<Array> dz;  // of the tangents
+  for (int e = 0; e < kEdges; ++e) {
+    dz.push_back(c.memory.tensor(c.dtype, small, Layout::kInner, false));
+  }
+  StageForward gated = forward;
+  gated.stage.gate = &gate, gated.stage.by_gate = c.coefficients(kEdges * in);
+  gated.z = dz.data(), gated.sums = c.memory.doubles(3 * kEdges * out);
+  cuda::sep_stage(gated, kPlace);
+
   const uint8_t adds[kEdges] = {0, 1};
   StageBackward back = {};
   static_cast<GradientOfZ&>(back) = gradient_of(c, g.data(), zs.data(), out);
@@ -237,13 +247,30 @@ void stages(Case& c, int kernel, int dilation, int stride) {
   cuda::sep_stage_backward(back, kPlace);
   finish("sep_stage");
   for (int e = 0; e < kEdges; ++e) {
-    check_written("sep_stage", z[e]);
+    check_written("sep_stage", z[e]), check_written("gated sep_stage", dz[e]);
     check_written("sep_stage_backward", dv[e]);
     c.check_room("sep_stage_backward", ddepthwise[e], in * taps);
     c.check_room("sep_stage_backward", dpointwise[e], out * in);
   }
   check_written("sep_stage", DType::kFloat64, forward.sums, 3 * kEdges * out);
   check_written("sep_stage_backward", DType::kFloat64, back.sums, 2 * kEdges * in);
+}
+
+void moments(Case& c) {
+  constexpr int directions = 33;  // more than a block's
+  TangentMoments a = {};
+  a.dtype = c.dtype, a.directions = directions, a.samples = c.samples();
+  a.pixels = c.shape[2] * c.shape[3], a.channels = c.channels();
+  Shape all = c.shape;
+  all[0] *= directions;
+  a.x = c.memory.tensor(c.dtype, all, Layout::kInner, true).data;
+  a.result = c.memory.tensor(c.dtype, c.shape, Layout::kInner, true).data;
+  a.gradient = c.memory.tensor(c.dtype, c.shape, Layout::kInner, true).data;
+  a.weights = c.coefficients(a.channels), a.sums = c.memory.doubles(a.size());
+  a.workspace = c.memory.doubles(cuda::moments_workspace(a));
+  cuda::tangent_moments(a, kPlace);
+  finish("tangent_moments");
+  check_written("tangent_moments", DType::kFloat64, a.sums, a.size());
 }
 
 void mixings(Case& c, int halves, int stride) {
@@ -404,6 +431,9 @@ void all() {
     }
   }
   for (const DType dtype : kTypes) {
+    for (const Shape& shape : {Shape{2, 16, 6, 8}, Shape{3, 5, 5, 7}}) {
+      with(dtype, shape, Layout::kInner, moments);
+    }
     for (const Layout layout : {Layout::kInner, Layout::kOuter}) {
       // Vectors of whole lanes, then what fits no vector.
       for (const Shape& shape : {Shape{2, 16, 6, 8}, Shape{3, 5, 5, 7}}) {
