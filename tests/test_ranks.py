@@ -221,7 +221,7 @@ def test_an_error_of_one_process_is_told_once_and_without_tracebacks(tmp_path) -
         "error: the disk is full",
         "error: process 1 of 2 stops, since another ended: what that one says is the cause",
     }
-    assert "gloo" not in done.stderr and "fails.py\", line" not in done.stderr
+    assert "gloo" not in done.stderr and 'fails.py", line' not in done.stderr
 
 
 KILLED = """

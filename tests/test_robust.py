@@ -395,7 +395,8 @@ def test_killed_while_it_chooses_and_between_two_files_of_the_table(whole, tmp_p
     run_robust(**tiny(tmp_path))
     assert numbers(tmp_path / "robust") == numbers(whole)
     for name in files:
-        assert (tmp_path / "robust" / name).read_text() == (whole / name).read_text()
+        ours, theirs = (folder / name for folder in (tmp_path / "robust", whole))
+        assert ours.read_text().replace(str(tmp_path), str(whole.parent)) == theirs.read_text()
 
 
 def test_on_ray_with_a_worker_killed_the_table_is_the_same(whole, tmp_path) -> None:
