@@ -4,12 +4,14 @@
 // Each sample has its own sums; then they are added in the order of the samples, so that no bit
 // depends on the number of threads.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "launchers.h"
 #include "normalization.h"
 #include "parallel.h"
 #include "tiles.h"
+#include "vectors.h"
 
 namespace rdarts {
 namespace {
@@ -110,6 +112,49 @@ void product_tile(const T* __restrict g, const T* __restrict z, const T* __restr
   });
 }
 
+// The same for `count` tensors at once, where channels lie innermost in whole vectors: a block of
+// them at a time, so that its sums and pivots stay in registers.
+template <typename T, int count>
+void product_blocks(const T* g, const T* const* z, const T* pivot, T* sum, int64_t size,
+                    int64_t channels, int64_t period) {
+  constexpr int L = kVector<T>;
+  for (int64_t block = 0; block < channels; block += L) {
+    Vec<T> total[count], middle[count];
+    for (int k = 0; k < count; ++k) {
+      total[k] = load(sum + k * period + block), middle[k] = load(pivot + k * period + block);
+    }
+    for (int64_t i = block; i < size; i += channels) {
+      const Vec<T> gradient = load(g + i);
+      for (int k = 0; k < count; ++k) total[k] += gradient * (load(z[k] + i) - middle[k]);
+      for (int k = 0; k < count; ++k) __builtin_prefetch(z[k] + i + kTile, 0, 2);
+    }
+    for (int k = 0; k < count; ++k) store<T>(sum + k * period + block, total[k]);
+  }
+}
+
+// sums[k] += g (z[k] - pivots[k]) on a tile; a pattern of `period` for each tensor.
+template <typename T>
+void product_tiles(const T* g, const std::vector<const T*>& z, const T* pivots, T* sums,
+                   int64_t size, const Runs& r) {
+  size_t k = 0;
+  if (r.inner && r.channels % kVector<T> == 0) {
+    const auto some = [&](auto count) {
+      for (; k + count() <= z.size(); k += count()) {
+        const int64_t row = static_cast<int64_t>(k) * r.period;
+        product_blocks<T, count()>(g, &z[k], pivots + row, sums + row, size, r.channels, r.period);
+      }
+    };
+    some(std::integral_constant<int, 4>()), some(std::integral_constant<int, 2>());
+    some(std::integral_constant<int, 1>());
+    return;
+  }
+  const auto multiply = r.inner ? product_tile<T, true> : product_tile<T, false>;
+  for (; k < z.size(); ++k) {
+    const int64_t row = static_cast<int64_t>(k) * r.period;
+    multiply(g, z[k], pivots + row, sums + row, size, r.period);
+  }
+}
+
 // sum += g
 template <typename T, bool inner>
 void plain_tile(const T* __restrict g, T* __restrict sum, int64_t size, int64_t period) {
@@ -131,7 +176,7 @@ void products_of_samples(const NodeSumDq& a, const Runs& r, int64_t from, int64_
   for (int k = 0; k < a.inputs; ++k) z.emplace_back(a.z[k], r);
   Reader<T> g(a.g, r);
   const auto add = r.inner ? plain_tile<T, true> : plain_tile<T, false>;
-  const auto multiply = r.inner ? product_tile<T, true> : product_tile<T, false>;
+  std::vector<const T*> tiles(a.inputs);
   const T* const factors = static_cast<const T*>(a.factors);
   for (int64_t n = from; n < to; ++n) {
     double* const own = sums + n * size;
@@ -154,11 +199,8 @@ void products_of_samples(const NodeSumDq& a, const Runs& r, int64_t from, int64_
       for_tiles(r, [&](int64_t begin, int64_t length) {
         const T* const gradient = g.tile(n, run, begin, length);
         add(gradient, once.data(), length, r.period);
-        for (int k = 0; k < a.inputs; ++k) {
-          const T* const input = z[k].tile(n, run, begin, length);
-          const int64_t row = k * r.period;
-          multiply(gradient, input, &pivots[row], &products[row], length, r.period);
-        }
+        for (int k = 0; k < a.inputs; ++k) tiles[k] = z[k].tile(n, run, begin, length);
+        product_tiles(gradient, tiles, pivots.data(), products.data(), length, r);
         since += length / r.period;
         if (since >= kFlushed) flush_all();
       });

@@ -4,11 +4,13 @@
 #include "node_sum.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "launchers.h"
 #include "parallel.h"
 #include "tiles.h"
+#include "vectors.h"
 
 namespace rdarts {
 namespace {
@@ -18,10 +20,11 @@ T at(const void* values, int64_t i, T absent) {
   return values ? static_cast<const T*>(values)[i] : absent;
 }
 
-// total += (scale z + shift) + ... for up to four tensors at once: the sum is loaded and stored a
+// total (+)= (scale z + shift) + ... for up to four tensors at once: the sum is loaded and stored a
 // quarter as often. Each shift is added to its own tensor, since the two nearly cancel where a mean
-// is large. A repetition is a pattern of channels, or a whole tile of a channel's plane.
-template <typename T, int count, bool inner>
+// is large. A repetition is a pattern of channels, or a whole tile of a channel's plane. fresh:
+// nothing is in total yet.
+template <typename T, int count, bool inner, bool fresh>
 void accumulate(T* __restrict total, const T* const* z, const T* const* scale,
                 const T* const* shift, int64_t size, int64_t repetition) {
   for (int64_t begin = 0; begin < size; begin += repetition) {
@@ -41,7 +44,8 @@ void accumulate(T* __restrict total, const T* const* z, const T* const* scale,
     const T* __restrict b3 = count > 3 ? shift[3] : nullptr;
     for (int k = 0; k < count; ++k) fetch_next_tile(z[k] + begin, length);
     for (int64_t i = 0; i < length; ++i) {
-      T sum = out[i] + (pick<inner>(a0, i) * z0[i] + pick<inner>(b0, i));
+      T sum = pick<inner>(a0, i) * z0[i] + pick<inner>(b0, i);
+      if constexpr (!fresh) sum += out[i];
       if constexpr (count > 1) sum += pick<inner>(a1, i) * z1[i] + pick<inner>(b1, i);
       if constexpr (count > 2) sum += pick<inner>(a2, i) * z2[i] + pick<inner>(b2, i);
       if constexpr (count > 3) sum += pick<inner>(a3, i) * z3[i] + pick<inner>(b3, i);
@@ -50,18 +54,44 @@ void accumulate(T* __restrict total, const T* const* z, const T* const* scale,
   }
 }
 
+// The same where channels lie innermost in whole vectors: a block of them at a time, so that its
+// coefficients stay in registers.
+template <typename T, int count, bool fresh>
+void accumulate_blocks(T* total, const T* const* z, const T* const* scale, const T* const* shift,
+                       int64_t size, int64_t channels) {
+  constexpr int L = kVector<T>;
+  for (int64_t block = 0; block < channels; block += L) {
+    Vec<T> a[count], b[count];
+    for (int k = 0; k < count; ++k) a[k] = load(scale[k] + block), b[k] = load(shift[k] + block);
+    for (int64_t i = block; i < size; i += channels) {
+      Vec<T> sum = a[0] * load(z[0] + i) + b[0];
+      if constexpr (!fresh) sum += load(total + i);
+      for (int k = 1; k < count; ++k) sum += a[k] * load(z[k] + i) + b[k];
+      for (int k = 0; k < count; ++k) __builtin_prefetch(z[k] + i + kTile, 0, 2);
+      store<T>(total + i, sum);
+    }
+  }
+}
+
+// total = all terms; the pattern of the coefficients is `period` long.
 template <typename T, bool inner>
 void accumulate_all(T* total, const std::vector<const T*>& z, const std::vector<const T*>& scale,
-                    const std::vector<const T*>& shift, int64_t size, int64_t period) {
-  const int64_t repetition = inner ? period : size;
-  const T *const *x = z.data(), *const *a = scale.data(), *const *b = shift.data();
-  size_t left = z.size();
-  for (; left >= 4; left -= 4, x += 4, a += 4, b += 4) {
-    accumulate<T, 4, inner>(total, x, a, b, size, repetition);
-  }
-  if (left == 3) accumulate<T, 3, inner>(total, x, a, b, size, repetition);
-  if (left == 2) accumulate<T, 2, inner>(total, x, a, b, size, repetition);
-  if (left == 1) accumulate<T, 1, inner>(total, x, a, b, size, repetition);
+                    const std::vector<const T*>& shift, int64_t size, const Runs& r) {
+  const int64_t repetition = inner ? r.period : size;
+  const bool blocks = inner && r.channels % kVector<T> == 0;
+  const auto some = [&](auto count, auto fresh, size_t k) {
+    const T *const *x = &z[k], *const *a = &scale[k], *const *b = &shift[k];
+    if (blocks) accumulate_blocks<T, count(), fresh()>(total, x, a, b, size, r.channels);
+    else accumulate<T, count(), inner, fresh()>(total, x, a, b, size, repetition);
+  };
+  const auto up_to_four = [&](auto fresh, size_t k, size_t left) {
+    if (left >= 4) some(std::integral_constant<int, 4>(), fresh, k);
+    else if (left == 3) some(std::integral_constant<int, 3>(), fresh, k);
+    else if (left == 2) some(std::integral_constant<int, 2>(), fresh, k);
+    else some(std::integral_constant<int, 1>(), fresh, k);
+  };
+  up_to_four(std::true_type(), 0, z.size());
+  for (size_t k = 4; k < z.size(); k += 4) up_to_four(std::false_type(), k, z.size() - k);
 }
 
 // total += factor (scale z + shift): the factor comes last, so that a large mean, which scale z and
@@ -134,8 +164,8 @@ class SampleSum {
 
   // Fills sum with elements [begin, begin + size) of the run.
   void tile(T* sum, int64_t begin, int64_t size) {
-    std::fill_n(sum, size, T(0));
     if (a_.factors) {
+      std::fill_n(sum, size, T(0));
       for (int k = 0; k < a_.inputs; ++k) {
         if (factors_[k] == T(0)) continue;
         accumulate_dropped<T, inner>(sum, readers_[k].tile(n_, run_, begin, size), scale_[k],
@@ -144,7 +174,7 @@ class SampleSum {
       return;
     }
     for (int k = 0; k < a_.inputs; ++k) z_[k] = readers_[k].tile(n_, run_, begin, size);
-    accumulate_all<T, inner>(sum, z_, scale_, shift_, size, r_.period);
+    accumulate_all<T, inner>(sum, z_, scale_, shift_, size, r_);
   }
 
  private:
@@ -161,20 +191,19 @@ template <typename T, bool inner>
 void sum_samples(const NodeSum& a, const Runs& r, int64_t from, int64_t to) {
   SampleSum<T, inner> terms(a, r);
   Writer<T> writer(a.out, r);
-  std::vector<T> noise, turned, tile(r.tile);
+  std::vector<T> noise, turned;
   std::vector<float> numbers;
   for (int64_t n = from; n < to; ++n) {
     if (a.drawn.count > 0) draw_sample(a.drawn, r, n, numbers, noise, turned);
     for (int64_t run = 0; run < r.count; ++run) {
       terms.start(n, run);
       for_tiles(r, [&](int64_t begin, int64_t size) {
-        T* const sum = tile.data();
+        T* const sum = writer.tile(n, run, begin);
         terms.tile(sum, begin, size);
         if (a.drawn.count > 0) {
           const T* const more = &noise[run * r.length + begin];
           for (int64_t i = 0; i < size; ++i) sum[i] += more[i];
         }
-        std::copy_n(sum, size, writer.tile(n, run, begin));
         writer.done(n, run, begin, size);
       });
     }
