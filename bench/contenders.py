@@ -154,6 +154,7 @@ class Contender:
         graphs = name == OURS and self.training[0].is_cuda
         self._how = graph_step.GRAPH if graphs else graph_step.PLAIN
         self._takers: dict[str, graph_step.Taker] = {}
+        self._leaves = [*self.state.supernet.parameters(), *self.state.alphas.values()]
 
     def losses(self) -> Losses:
         """Return the next step's losses, its noise drawn afresh."""
@@ -164,7 +165,7 @@ class Contender:
         """The loss and its gradient in the weights and the alphas."""
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, **self.flags):
             self.losses().of(self.training, "weights")().backward()
-        for tensor in [*self.state.supernet.parameters(), *self.state.alphas.values()]:
+        for tensor in self._leaves:
             tensor.grad = None
 
     def search_step(self, order: str) -> None:

@@ -130,9 +130,10 @@ def empty(
     except MemoryError:  # torch says how much it was
         return torch.empty(shape, dtype=dtype, memory_format=format_)
     c, h, w = shape[1:]
+    # In place: autograd adds to a gradient where it lies unless that is another tensor's view.
     if format_ == torch.channels_last:
-        return block.as_strided(shape, (c * h * w, 1, w * c, c))
-    return block.as_strided(shape, (c * h * w, h * w, w, 1))
+        return block.as_strided_(shape, (c * h * w, 1, w * c, c))
+    return block.as_strided_(shape, (c * h * w, h * w, w, 1))
 
 
 def empty_like(x: Tensor) -> Tensor:
