@@ -1,8 +1,8 @@
-// Depthwise convolutions on images in blocks of L channels, a row of a block at a time:
-//   forward    out[c] = sum_t taps[t] * image[c + t]
-//   gradient   taps[t] += sum_c out[c] * image[c + t]
-//   scattered  image[c + t] += taps[t] * out[c]
-// `image` points to the row's first pixel under tap 0; a step from row to row is `width` pixels.
+// Depthwise convolutions on images in blocks of L channels, some rows of a block at a time:
+//   forward    out[r, c] = sum_t taps[t] * image[r, c + t]
+//   gradient   taps[t] += sum_rc out[r, c] * image[r, c + t]
+//   scattered  image[c + t] += taps[t] * out[c], a row
+// `image` points to the first row's first pixel under tap 0; a step from row to row is `width` pixels.
 #pragma once
 
 #include "matmul.h"
@@ -11,57 +11,65 @@
 namespace rdarts {
 namespace {
 
+// out: [rows, columns, L]
 template <int K, int D, int S, typename T>
-void convolve_row(const T* image, int64_t width, const T* taps, int64_t columns, T* out) {
+void convolve(const T* image, int64_t width, const T* taps, int64_t rows, int64_t columns, T* out) {
   constexpr int L = kVector<T>, together = 4;
   const int64_t row = width * L * D;
   Vec<T> tap[K * K];  // in registers where there are enough
   RDARTS_UNROLL
   for (int t = 0; t < K * K; ++t) tap[t] = load(taps + t * L);
-  int64_t column = 0;
-  for (; column + together <= columns; column += together) {
-    const T* const from = image + column * S * L;
-    Vec<T> sum[together];
-    RDARTS_UNROLL
-    for (int q = 0; q < together; ++q) sum[q] = Vec<T>{};
-    RDARTS_UNROLL
-    for (int y = 0; y < K; ++y) {
+  for (int64_t r = 0; r < rows; ++r, image += S * width * L, out += columns * L) {
+    int64_t column = 0;
+    for (; column + together <= columns; column += together) {
+      const T* const from = image + column * S * L;
+      Vec<T> sum[together];
       RDARTS_UNROLL
-      for (int x = 0; x < K; ++x) {
+      for (int q = 0; q < together; ++q) sum[q] = Vec<T>{};
+      RDARTS_UNROLL
+      for (int y = 0; y < K; ++y) {
         RDARTS_UNROLL
-        for (int q = 0; q < together; ++q) {
-          sum[q] += tap[y * K + x] * load(from + y * row + (x * D + q * S) * L);
+        for (int x = 0; x < K; ++x) {
+          RDARTS_UNROLL
+          for (int q = 0; q < together; ++q) {
+            sum[q] += tap[y * K + x] * load(from + y * row + (x * D + q * S) * L);
+          }
         }
       }
-    }
-    RDARTS_UNROLL
-    for (int q = 0; q < together; ++q) store<T>(out + (column + q) * L, sum[q]);
-  }
-  for (; column < columns; ++column) {
-    const T* const from = image + column * S * L;
-    Vec<T> sum = {};
-    for (int y = 0; y < K; ++y) {
       RDARTS_UNROLL
-      for (int x = 0; x < K; ++x) sum += tap[y * K + x] * load(from + y * row + x * D * L);
+      for (int q = 0; q < together; ++q) store<T>(out + (column + q) * L, sum[q]);
     }
-    store<T>(out + column * L, sum);
+    for (; column < columns; ++column) {
+      const T* const from = image + column * S * L;
+      Vec<T> sum = {};
+      for (int y = 0; y < K; ++y) {
+        RDARTS_UNROLL
+        for (int x = 0; x < K; ++x) sum += tap[y * K + x] * load(from + y * row + x * D * L);
+      }
+      store<T>(out + column * L, sum);
+    }
   }
 }
 
+// out: rows of `columns` pixels, `out_width` apart
 template <int K, int D, int S, typename T>
-void gradient_row(const T* image, int64_t width, const T* out, int64_t columns, T* taps) {
+void gradient(const T* image, int64_t width, const T* out, int64_t out_width, int64_t rows,
+              int64_t columns, T* taps) {
   constexpr int L = kVector<T>, lines = K == 3 ? 3 : 1;  // of taps at once, as registers allow
   RDARTS_UNROLL
   for (int y = 0; y < K; y += lines) {
     Vec<T> sum[lines * K];
     RDARTS_UNROLL
     for (int t = 0; t < lines * K; ++t) sum[t] = load(taps + (y * K + t) * L);
-    for (int64_t column = 0; column < columns; ++column) {
-      const T* const from = image + (y * width * D + column * S) * L;
-      const Vec<T> g = load(out + column * L);
-      RDARTS_UNROLL
-      for (int t = 0; t < lines * K; ++t) {
-        sum[t] += g * load(from + (t / K * width * D + t % K * D) * L);
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* const line = image + (row * S + y * D) * width * L;
+      for (int64_t column = 0; column < columns; ++column) {
+        const T* const from = line + column * S * L;
+        const Vec<T> g = load(out + (row * out_width + column) * L);
+        RDARTS_UNROLL
+        for (int t = 0; t < lines * K; ++t) {
+          sum[t] += g * load(from + (t / K * width * D + t % K * D) * L);
+        }
       }
     }
     RDARTS_UNROLL
@@ -85,18 +93,19 @@ void scatter_row(T* image, int64_t width, const T* taps, const T* out, int64_t c
 // The functions of a kernel's size, dilation and stride.
 template <typename T>
 struct Depthwise {
-  void (*convolve)(const T* image, int64_t width, const T* taps, int64_t columns, T* out);
-  void (*convolve_back)(const T* image, int64_t width, const T* taps, int64_t columns, T* out);
-  void (*gradient)(const T* image, int64_t width, const T* out, int64_t columns, T* taps);
-  void (*scatter)(T* image, int64_t width, const T* taps, const T* out, int64_t columns);
+  void (*convolve)(const T* image, int64_t width, const T* taps, int64_t rows, int64_t columns,
+                   T* out);
+  void (*gradient)(const T* image, int64_t width, const T* out, int64_t out_width, int64_t rows,
+                   int64_t columns, T* taps);
+  void (*scatter)(T* image, int64_t width, const T* taps, const T* out, int64_t columns);  // at 2
 };
 
 template <typename T, int K, int D>
 Depthwise<T> depthwise_of(int stride) {
   if (stride == 1) {
-    return {convolve_row<K, D, 1, T>, convolve_row<K, D, 1, T>, gradient_row<K, D, 1, T>, nullptr};
+    return {convolve<K, D, 1, T>, gradient<K, D, 1, T>, nullptr};
   }
-  return {convolve_row<K, D, 2, T>, nullptr, gradient_row<K, D, 2, T>, scatter_row<K, D, 2, T>};
+  return {convolve<K, D, 2, T>, gradient<K, D, 2, T>, scatter_row<K, D, 2, T>};
 }
 
 template <typename T>

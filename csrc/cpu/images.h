@@ -121,6 +121,14 @@ class Pixels {
     }
   }
 
+  // Block v of the first pixel of a row, where the elements of all rows lie side by side and the block
+  // is whole, else null: the next pixel lies `channels()` further.
+  const T* dense(int64_t row, int v) const {
+    const bool whole = channels_ - v * kVector<T> >= kVector<T>;
+    return dense_ && whole ? data_ + row * row_ + v * kVector<T> : nullptr;
+  }
+  int64_t channels() const { return channels_; }
+
   // Lets `rows` rows be fetched, where their elements lie side by side.
   void fetch(Ahead& ahead, int64_t row, int64_t rows) const {
     if (dense_) ahead.add(data_ + row * row_, rows * row_ * static_cast<int64_t>(sizeof(T)));

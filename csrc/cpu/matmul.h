@@ -16,8 +16,8 @@ namespace {
 
 #define RDARTS_UNROLL _Pragma("GCC unroll 32")
 
-// Memory that comes into the cache while products are computed, a few lines before each of their
-// tiles: all at once, they would be waited for.
+// Memory that comes into the cache while products are computed, a line or two at every step of
+// their depth: all at once, they would be waited for.
 class Ahead {
  public:
   void add(const void* from, int64_t bytes) {
@@ -27,14 +27,16 @@ class Ahead {
     lines_ += (bytes + kLine - 1) / kLine;
   }
   // What was added is fetched in so many steps.
-  void spread(int64_t steps) { each_ = (lines_ + steps - 1) / std::max<int64_t>(1, steps); }
+  void spread(int64_t steps) {
+    each_ = static_cast<int>((lines_ + steps - 1) / std::max<int64_t>(1, steps));
+    if (count_ > 0) now_ = runs_[0];
+  }
 
   RDARTS_METHOD void step() {
-    for (int64_t i = 0; i < each_ && run_ < count_; ++i) {
-      __builtin_prefetch(runs_[run_].at);
-      runs_[run_].at += kLine;
-      if (runs_[run_].at >= runs_[run_].end) ++run_;
-    }
+    for (int i = 0; i < each_; ++i, now_.at += kLine) __builtin_prefetch(now_.at);
+    if (now_.at < now_.end) return;
+    if (++run_ < count_) now_ = runs_[run_];
+    else each_ = 0;
   }
 
  private:
@@ -44,8 +46,9 @@ class Ahead {
     const char *at, *end;
   };
   Run runs_[kMost];
-  int count_ = 0, run_ = 0;
-  int64_t lines_ = 0, each_ = 0;
+  Run now_ = {};
+  int count_ = 0, run_ = 0, each_ = 0;
+  int64_t lines_ = 0;
 };
 
 template <typename T>
@@ -91,7 +94,6 @@ struct Add {
 template <int rows, int wide, bool transposed, typename T, typename Finish>
 RDARTS_METHOD void product_tile(const Product<T>& p, int m, int j, const Finish& finish) {
   constexpr int L = kVector<T>;
-  if (p.ahead) p.ahead->step();
   Vec<T> sum[rows][wide];
   RDARTS_UNROLL
   for (int r = 0; r < rows; ++r) {
@@ -101,6 +103,7 @@ RDARTS_METHOD void product_tile(const Product<T>& p, int m, int j, const Finish&
   const T* b = p.b + j * p.b_block;
   const int64_t next = p.b_block;
   const auto step = [&](const auto& number) {
+    if (p.ahead) p.ahead->step();
     Vec<T> row[wide];
     RDARTS_UNROLL
     for (int i = 0; i < wide; ++i) row[i] = load(b + i * next);
@@ -147,10 +150,10 @@ void product_columns(const Product<T>& p, int j, const Finish& finish) {
   if (m + 1 <= p.rows) product_tile<1, wide, transposed>(p, m, j, finish);
 }
 
-// Tiles of a product, about.
+// Steps of a product, about.
 template <bool transposed>
-int64_t tiles_of(int64_t rows, int64_t blocks) {
-  return ((rows + 7) / kMostRows<2, transposed>) * ((blocks + 1) / 2);
+int64_t steps_of(int64_t rows, int64_t depth, int64_t blocks) {
+  return (rows / kMostRows<2, transposed> + 1) * ((blocks + 1) / 2) * depth;
 }
 
 template <bool transposed, typename T, typename Finish>

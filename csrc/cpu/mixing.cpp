@@ -193,9 +193,11 @@ void forward_sample(const MixingForward& a, const Sizes& g, const Memory<T>& mem
     const int pixels = static_cast<int>(rows * g.out_width);
     Ahead ahead;
     fetch_rows<T>(m.x, m.sources, n, m.stride * (first + rows), m.stride * rows, ahead);
-    int64_t tiles = 0;
-    for (const Half<T>& half : memory.operands->halves) tiles += tiles_of<false>(pixels, half.blocks);
-    ahead.spread(tiles);
+    int64_t steps = 0;
+    for (const Half<T>& half : memory.operands->halves) {
+      steps += steps_of<false>(pixels, g.depth, half.blocks);
+    }
+    ahead.spread(steps);
     fill_tile(m, g, memory, n, first, rows);
     for (int i = 0; i < m.edges * m.halves; ++i) {
       const Half<T>& half = memory.operands->halves[i];
@@ -289,12 +291,12 @@ void backward_sample(const MixingBackward& a, const Sizes& g, const Memory<T>& m
     fetch_rows<T>(m.x, m.sources, n, m.stride * (first + rows), m.stride * rows, ahead);
     fetch_rows<T>(a.g, m.edges, n, first + rows, rows, ahead);
     if (a.by_z) fetch_rows<T>(a.z, m.edges, n, first + rows, rows, ahead);
-    int64_t tiles = 0;
+    int64_t steps = 0;
     for (const Half<T>& half : memory.operands->halves) {
-      tiles += tiles_of<false>(pixels, g.depth / L);
-      if (weights) tiles += tiles_of<true>(g.depth, half.blocks);
+      steps += steps_of<false>(pixels, half.channels, g.depth / L);
+      if (weights) steps += steps_of<true>(g.depth, pixels, half.blocks);
     }
-    ahead.spread(tiles);
+    ahead.spread(steps);
     fill_tile(m, g, memory, n, first, rows);
     for (int i = 0; i < m.edges * m.halves; ++i) {
       const Half<T>& half = memory.operands->halves[i];

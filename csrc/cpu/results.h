@@ -32,14 +32,22 @@ struct Summed {
       Vec<T> s = load(sum + at), q = load(square + at);
       RDARTS_UNROLL
       for (int r = 0; r < rows; ++r) {
-        T* const c = p.c + at + p.offset[m + r];
-        if (past_cache) store_past_cache<T>(c, value[r][i]);
-        else if (channels - at >= L) store<T>(c, value[r][i]);
-        else store_part<T>(c, value[r][i], channels - at);
         const Vec<T> centred = value[r][i] - middle;
         s += centred, q += centred * centred;
       }
       store<T>(sum + at, s), store<T>(square + at, q);
+      T* const c = p.c + at;
+      const int* const offset = p.offset + m;
+      if (past_cache) {
+        RDARTS_UNROLL
+        for (int r = 0; r < rows; ++r) store_past_cache<T>(c + offset[r], value[r][i]);
+      } else if (channels - at >= L) {
+        RDARTS_UNROLL
+        for (int r = 0; r < rows; ++r) store<T>(c + offset[r], value[r][i]);
+      } else {
+        RDARTS_UNROLL
+        for (int r = 0; r < rows; ++r) store_part<T>(c + offset[r], value[r][i], channels - at);
+      }
     }
   }
 };
@@ -128,14 +136,24 @@ void gradient_rows(const Pixels<T>& g, const Pixels<T>* z, const GradientMap<T>&
   for (int v = 0; v < map.blocks; ++v) {
     const Vec<T> by_g = load(map.by_g + v * L) * factor;
     const Vec<T> by_z = load(map.by_z + v * L), constant = load(map.constant + v * L);
+    T* const to = dz + v * tile * L;
+    const T *const dense_g = g.dense(first, v), *const dense_z = z ? z->dense(first, v) : nullptr;
+    if (dense_g && dense_z) {
+      const int64_t step = g.channels();
+      for (int64_t i = 0; i < rows * width; ++i) {
+        const Vec<T> rest = by_z * load(dense_z + i * step) + constant;
+        store<T>(to + i * L, by_g * load(dense_g + i * step) + rest);
+      }
+      continue;
+    }
     for (int64_t row = 0; row < rows; ++row) {
-      T* const to = dz + (v * tile + row * width) * L;
+      T* const line = to + row * width * L;
       g.along(first + row, width, v, [&](int64_t column, const Vec<T>& value) {
-        store<T>(to + column * L, by_g * value + constant);
+        store<T>(line + column * L, by_g * value + constant);
       });
       if (!z) continue;
       z->along(first + row, width, v, [&](int64_t column, const Vec<T>& value) {
-        store<T>(to + column * L, load(to + column * L) + by_z * value);
+        store<T>(line + column * L, load(line + column * L) + by_z * value);
       });
     }
   }

@@ -6,6 +6,8 @@
 // and are added in their order, so that no bit depends on the number of threads.
 #include "stage.h"
 
+#include <utility>
+
 #include "depthwise.h"
 #include "images.h"
 #include "launchers.h"
@@ -95,12 +97,9 @@ void convolve_rows(const Depthwise<T>& kernel, const T* image, const Sizes& g, c
                    int64_t first, int64_t rows, T* d) {
   constexpr int L = kVector<T>;
   for (int v = 0; v < g.in; ++v) {
-    const T* from = image + (v * g.padded_pixels + first * g.stride * g.padded_width) * L;
-    T* to = d + v * g.tile() * L;
-    for (int64_t row = 0; row < rows; ++row) {
-      kernel.convolve(from, g.padded_width, taps + v * g.taps * L, g.out_width, to);
-      from += g.stride * g.padded_width * L, to += g.out_width * L;
-    }
+    const T* const from = image + (v * g.padded_pixels + first * g.stride * g.padded_width) * L;
+    kernel.convolve(from, g.padded_width, taps + v * g.taps * L, rows, g.out_width,
+                    d + v * g.tile() * L);
   }
 }
 
@@ -177,7 +176,7 @@ void forward_sample(const Depthwise<T>& kernel, const Sizes& g, const Edge<T>& e
     const int pixels = static_cast<int>(rows * g.out_width);
     Ahead ahead;
     if (next) next->fetch(ahead, first * g.stride, rows_of(g, first, rows));
-    ahead.spread(tiles_of<false>(pixels, g.out));
+    ahead.spread(steps_of<false>(pixels, g.channels, g.out));
     convolve_rows(kernel, m.image, g, edge.taps, first, rows, m.d);
     Product<T> p = {m.d, g.tile() * L, edge.matrix, g.channels * L, result.pixel(first, 0), L, offset,
                     pixels, static_cast<int>(g.channels), g.out};
@@ -230,12 +229,13 @@ void forward_of(const StageForward& a, int threads) {
 
 template <typename T>
 struct BackwardMemory {
-  T *image, *dimage, *out, *d, *dz;
+  T *image, *out, *d, *dz;
+  T* dimage;  // the gradient of a block of the image, at stride 2
 
   BackwardMemory(const Sizes& g, Parts<T>& parts) {
     constexpr int64_t L = kVector<T>;
     image = parts.take(g.in * g.padded_pixels * L);
-    dimage = parts.take((g.stride == 2 ? g.in * g.padded_pixels : g.width) * L);
+    dimage = parts.take(g.stride == 2 ? g.padded_pixels * L : 0);
     out = parts.take(g.in * g.out_padded_pixels * L);
     d = parts.take(g.in * g.tile() * L), dz = parts.take(g.out * g.tile() * L);
   }
@@ -290,7 +290,8 @@ void through_pointwise(const StageBackward& a, const Depthwise<T>& kernel, const
     const int pixels = static_cast<int>(rows * g.out_width);
     Ahead ahead;
     fetch_next<T>(a, g, e, n, first, rows, last, ahead);
-    ahead.spread(tiles_of<false>(pixels, g.in) + (weights ? tiles_of<true>(channels, g.out) : 0));
+    ahead.spread(steps_of<false>(pixels, out, g.in) +
+                 (weights ? steps_of<true>(channels, pixels, g.out) : 0));
     gradient_rows(gradient, a.by_z ? &z : nullptr, edge.map, factor, first, rows, g.out_width,
                   g.tile(), m.dz);
     T* const to = m.out + ((first + g.out_pad) * g.out_padded_width + g.out_pad) * L;
@@ -304,16 +305,56 @@ void through_pointwise(const StageBackward& a, const Depthwise<T>& kernel, const
                               offset.channel.data(), channels, pixels, g.out, &ahead},
                    Add{});
     for (int v = 0; v < g.in; ++v) {
-      for (int64_t row = first; row < first + rows; ++row) {
-        const int64_t at = v * g.padded_pixels + row * g.stride * g.padded_width;
-        const int64_t out_at = (row + g.out_pad) * g.out_padded_width + g.out_pad;
-        kernel.gradient(m.image + at * L, g.padded_width,
-                        m.out + (v * g.out_padded_pixels + out_at) * L, g.out_width,
-                        weights->taps + v * g.taps * L);
-      }
+      const int64_t at = v * g.padded_pixels + first * g.stride * g.padded_width;
+      const int64_t out_at = (first + g.out_pad) * g.out_padded_width + g.out_pad;
+      kernel.gradient(m.image + at * L, g.padded_width,
+                      m.out + (v * g.out_padded_pixels + out_at) * L, g.out_padded_width, rows,
+                      g.out_width, weights->taps + v * g.taps * L);
     }
   }
 }
+
+// dimage = the gradient of a block of the image, at stride 2.
+template <typename T>
+void scatter_block(const Depthwise<T>& kernel, const Sizes& g, const T* taps, const T* out,
+                   const BackwardMemory<T>& m) {
+  constexpr int L = kVector<T>;
+  std::fill_n(m.dimage, g.padded_pixels * L, T(0));
+  for (int64_t row = 0; row < g.out_height; ++row) {
+    kernel.scatter(m.dimage + row * 2 * g.padded_width * L, g.padded_width, taps,
+                   out + row * g.out_width * L, g.out_width);
+  }
+}
+
+// Some rows of a block of dv: where relu's result y was not 0, the gradient of the image `dimage`.
+template <typename T>
+struct Passed {
+  const T *dimage, *y;
+  int64_t dimage_width, y_width;  // pixels from row to row
+  int64_t rows, columns, channels;
+  T* dv;  // [rows, columns, channels]; null: not wanted
+  int64_t count;  // channels of the block
+
+  // Writes dv or adds to it, and returns its sum and that of dv y.
+  template <bool wanted, bool adds>
+  RDARTS_METHOD std::pair<Vec<T>, Vec<T>> take() const {
+    constexpr int L = kVector<T>;
+    Vec<T> sum = {}, product = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      const T *const from = dimage + row * dimage_width * L, *const gate = y + row * y_width * L;
+      T* to = dv + row * columns * channels;
+      for (int64_t column = 0; column < columns; ++column, to += channels) {
+        const Vec<T> passed = load(gate + column * L);
+        const Vec<T> found = where_passed<T>(load(from + column * L), passed);
+        sum += found, product += found * passed;
+        if (!wanted) continue;
+        if (count < L) store_part<T>(to, adds ? load_part(to, count) + found : found, count);
+        else store<T>(to, adds ? load(to) + found : found);
+      }
+    }
+    return {sum, product};
+  }
+};
 
 // The gradient of v of a sample from that of d.
 template <typename T>
@@ -322,36 +363,27 @@ void through_depthwise(const StageBackward& a, const Depthwise<T>& kernel, const
                        double* sums /* [2, C] */) {
   constexpr int L = kVector<T>;
   const bool wanted = a.dv[e].data, adds = a.adds[e];
-  const Result<T> result(wanted ? a.dv[e] : a.stage.x[e], n);  // written only where wanted
-  if (g.stride == 2) std::fill_n(m.dimage, g.in * g.padded_pixels * L, T(0));
   for (int v = 0; v < g.in; ++v) {
-    const int64_t block = v * g.padded_pixels, out_block = v * g.out_padded_pixels;
-    for (int64_t row = 0; g.stride == 2 && row < g.out_height; ++row) {
-      kernel.scatter(m.dimage + (block + row * 2 * g.padded_width) * L, g.padded_width,
-                     edge.taps + v * g.taps * L, m.out + (out_block + row * g.out_width) * L,
-                     g.out_width);
-    }
-    for (int64_t row = 0; row < g.height; ++row) {
-      const int64_t at = block + (row + g.pad) * g.padded_width + g.pad;
-      const T *const y = m.image + at * L, *dv = m.dimage + at * L;
+    const T* const out = m.out + v * g.out_padded_pixels * L;
+    if (g.stride == 2) scatter_block(kernel, g, edge.taps + v * g.taps * L, out, m);
+    for (int64_t first = 0; first < g.height; first += g.tile_rows) {
+      const int64_t rows = std::min(g.tile_rows, g.height - first);
+      const int64_t at = ((first + g.pad) * g.padded_width + g.pad) * L;
+      Passed<T> p = {m.dimage + at, m.image + v * g.padded_pixels * L + at, g.padded_width,
+                     g.padded_width, rows, g.width, g.channels, nullptr,
+                     std::min<int64_t>(L, g.channels - v * L)};
+      if (wanted) p.dv = Result<T>(a.dv[e], n).pixel(first, 0) + v * L;
       if (g.stride == 1) {
-        kernel.convolve_back(m.out + (out_block + row * g.out_padded_width) * L,
-                             g.out_padded_width, edge.turned + v * g.taps * L, g.width, m.dimage);
-        dv = m.dimage;
+        kernel.convolve(out + first * g.out_padded_width * L, g.out_padded_width,
+                        edge.turned + v * g.taps * L, rows, g.width, m.d);
+        p.dimage = m.d, p.dimage_width = g.width;
       }
-      Vec<T> sum = {}, product = {};
-      const auto value = [&](int64_t column) {
-        const Vec<T> passed = load(y + column * L);
-        const Vec<T> found = where_passed<T>(load(dv + column * L), passed);
-        sum += found, product += found * passed;
-        return found;
-      };
-      if (wanted) result.along(row, g.width, v, adds, value);
-      else for (int64_t column = 0; column < g.width; ++column) value(column);
+      const auto [sum, product] = !wanted ? p.template take<false, false>()
+                                  : adds  ? p.template take<true, true>()
+                                          : p.template take<true, false>();
       if (!sums) continue;
-      const int64_t count = std::min<int64_t>(L, g.channels - v * L);
-      add_to<T>(sums + v * L, sum, count);
-      add_to<T>(sums + g.channels + v * L, product, count);
+      add_to<T>(sums + v * L, sum, p.count);
+      add_to<T>(sums + g.channels + v * L, product, p.count);
     }
   }
 }

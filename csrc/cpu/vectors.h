@@ -50,8 +50,9 @@ RDARTS_METHOD Vec<T> load_part(const T* from, int64_t count) {
   return vector;
 }
 
+// By value: what memcpy takes the address of would not stay in a register.
 template <typename T>
-RDARTS_METHOD void store_part(T* to, const Vec<T>& vector, int64_t count) {
+RDARTS_METHOD void store_part(T* to, Vec<T> vector, int64_t count) {
   std::memcpy(to, &vector, count * sizeof(T));
 }
 
@@ -69,7 +70,7 @@ RDARTS_METHOD Vec<T> where_passed(const Vec<T>& a, const Vec<T>& y) {
 
 // Adds the lanes to doubles.
 template <typename T>
-RDARTS_METHOD void add_to(double* sums, const Vec<T>& vector, int64_t count = kVector<T>) {
+RDARTS_METHOD void add_to(double* sums, Vec<T> vector, int64_t count = kVector<T>) {
   for (int64_t i = 0; i < count; ++i) sums[i] += vector[i];
 }
 
