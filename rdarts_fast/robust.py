@@ -72,7 +72,7 @@ def robust(settings: RobustConfig) -> Table:
             if settings.method == "exhaustive":
                 return exhaustive(settings, folder)
             return protocol(settings, folder)
-        except training.Interrupted as interrupt:
+        except KeyboardInterrupt as interrupt:  # within a step or not, here or on Ray
             raise training.Interrupted("the same command") from interrupt
 
 
