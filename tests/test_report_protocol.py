@@ -112,7 +112,7 @@ def test_a_damaged_table_is_a_note(tmp_path, text: str) -> None:
     (root / "table.json").write_text(text, encoding="latin-1")
     found, unread = protocols_in([root])
     assert found == [] and [each.path for each in unread] == [str(root)]
-    assert re.search(r"table\.json: (damaged|.*not UTF-8)", unread[0].reason)
+    assert re.match(r"table\.json: (damaged|.*not UTF-8)", unread[0].reason)
     if text == "{":
         page = report_of(root)
         assert unread[0].reason in page.text and "1 run read" in page.text

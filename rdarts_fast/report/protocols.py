@@ -40,7 +40,8 @@ def protocols_in(given: Sequence[Path]) -> tuple[list[Protocol], list[Unread]]:
             try:
                 found[place] = _read(folder)
             except (UserError, RecursionError) as error:
-                unread[place] = Unread(printable(folder), printable(error))
+                reason = str(error).replace(str(folder) + os.sep, "")
+                unread[place] = Unread(printable(folder), printable(reason))
     return list(found.values()), list(unread.values())
 
 
