@@ -74,7 +74,7 @@ def write_report(
         raise UserError(f"details: expected a number from 0 on, got {details}")
     found, unread = read_all(given)
     if not found:
-        reasons = "; ".join(f"{each.path} {each.reason}" for each in unread[:5])
+        reasons = "; ".join(f"{each.path}: {each.reason}" for each in unread[:5])
         raise UserError(f"nothing to report on: {reasons or 'no folders were named'}")
     ended, damaged = protocols.protocols_in(given)
     unread += damaged
