@@ -27,6 +27,11 @@ def unknown(kind: str, word: str, words: Iterable[str]) -> UserError:
     return UserError(f'unknown {kind} "{word}": one of {", ".join(known)}.{nearest(word, known)}')
 
 
+def tell(error: UserError) -> None:
+    """Print an error as the command line does, on one line."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+
+
 def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap a command line: a UserError is one line on stderr and exit code 2, Ctrl-C a line and
     130.
@@ -37,7 +42,7 @@ def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except UserError as error:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            tell(error)
             sys.exit(2)
         except KeyboardInterrupt as interrupt:
             how = f"; go on with: {interrupt.args[0]}" if interrupt.args else ""

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+MOST_EXPONENT = 690.0  # exp of more is not finite, which no file of a run may hold
+LARGEST = math.exp(MOST_EXPONENT)  # a cost beyond all others
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -26,10 +29,8 @@ class Metric:
     data: str = "images"
 
     def score(self, mean: float) -> float:
-        """Return the score of a set, from the mean of its items' scores."""
-        if not self.exponential:
-            return mean
-        return math.exp(mean) if mean < 700.0 else math.inf  # no OverflowError
+        """Return the score of a set, from the mean of its items' scores; LARGEST for more."""
+        return math.exp(min(mean, MOST_EXPONENT)) if self.exponential else mean
 
     @property
     def score_name(self) -> str:
@@ -54,7 +55,8 @@ class Metric:
         """Return a score or a cost with its unit."""
         if self.unit == "%":
             return f"{value:.{digits}%}"
-        return f"{value:.{digits}f}{self.unit}"
+        text = f"{value:.{digits}f}" if abs(value) < 1e7 else f"{value:.3g}"
+        return text + self.unit
 
     def said(self, score: float) -> str:
         """Return a score as an epoch's line has it."""

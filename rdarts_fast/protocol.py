@@ -29,6 +29,7 @@ METHODS = {
     "seeds": "DARTS",
     "exhaustive": "every architecture",
 }
+SETTINGS = "robust.json"  # the settings of what a folder holds
 SEARCHES = 4
 MOST_ARCHITECTURES = 1000
 _OWN = ("task", "data", "data_root", "image_size", "seed", "out", "resume", "device")

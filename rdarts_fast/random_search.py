@@ -8,6 +8,7 @@ python -m rdarts_fast.random_search --space s4
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,10 +20,10 @@ from torch import Tensor
 from rdarts_fast import config, config_sources, memory, plots, tasks, training
 from rdarts_fast.config import RandomSearchConfig
 from rdarts_fast.draws import Draws
-from rdarts_fast.errors import exit_on_user_error
+from rdarts_fast.errors import UserError, exit_on_user_error
 from rdarts_fast.events import Events
 from rdarts_fast.genotype import Genotype, one_hot_weights
-from rdarts_fast.metrics import Sums
+from rdarts_fast.metrics import LARGEST, Sums
 from rdarts_fast.networks import SearchNetwork
 from rdarts_fast.run_dir import GENOTYPE, RESULT, SPACE, Run, RunDir
 from rdarts_fast.sampling import Architectures, without_none
@@ -354,7 +355,7 @@ def validation_cost(
     batches: Sequence[Tensor],
 ) -> float:
     """Return the cost (share of wrong answers, ...) of an architecture with the shared weights, in
-    eval mode, augmented as published.
+    eval mode, augmented as published; the largest where it is no finite number.
     """
     carry: Carry = {}
     sums, draws = Sums(), Draws(settings.seed, pass_index=training.EVALUATION_PASS)
@@ -367,7 +368,8 @@ def validation_cost(
         outcome = task.run_supernet(supernet, batch, weights, key, carry)
         carry = outcome.carry
         sums.add(outcome)
-    return sums.cost(task.metric)
+    cost = sums.cost(task.metric)
+    return cost if math.isfinite(cost) else LARGEST
 
 
 def announce(
@@ -411,6 +413,11 @@ def finish(
     it.
     """
     best, space, metric = finalists[0], state.supernet.space, task.metric
+    if best.valid >= LARGEST:
+        raise UserError(
+            f"no architecture has a finite validation {metric.cost} with the shared weights: start "
+            "anew with a lower --learning-rate"
+        )
     table = [
         {
             f"sampled_{metric.cost}": finalist.sampled,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ import torch.distributed
 from torch import Tensor, nn
 
 from rdarts_fast.draws import Draws
-from rdarts_fast.errors import UserError
+from rdarts_fast.errors import UserError, tell
 from rdarts_fast.run_dir import RunDir
+
+_PATIENCE = timedelta(seconds=10)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,45 @@ class Ranks:
 def prints_here() -> bool:
     """Whether this process is the one of torchrun's that prints."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Let one process say what several of torchrun's find wrong, each by itself: the others end
+    with 2 as it does, and say nothing.
+    """
+    try:
+        yield
+    except UserError as error:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            with contextlib.suppress(RuntimeError, torch.distributed.DistError):
+                _tell_once(error)
+                sys.exit(2)
+        raise
+
+
+def _tell_once(error: UserError) -> None:
+    """Print the error, or wait until another process has. Raises what a lost torchrun raises."""
+    store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=_PATIENCE
+    )
+    key = f"rdarts_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{error}"
+    if store.add(key, 1) == 1:
+        tell(error)
+        store.set(f"{key}/told", "")
+    else:  # torchrun ends all processes once one has ended
+        store.wait([f"{key}/told"], _PATIENCE)
+
+
+@contextmanager
+def printing_on_first() -> Iterator[None]:
+    """Let the first process alone print, of what is the same for all."""
+    with contextlib.ExitStack() as stack:
+        if not prints_here():
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+            stack.enter_context(contextlib.redirect_stderr(silence))
+        yield
 
 
 @contextmanager

@@ -26,7 +26,15 @@ from rdarts_fast.genotype import Genotype, read_genotype
 from rdarts_fast.metrics import Outcome, Sums, metric_of
 from rdarts_fast.networks import TrainedNetwork
 from rdarts_fast.networks.precision import BF16
-from rdarts_fast.ranks import Bystander, Part, Ranks, joined, prints_here
+from rdarts_fast.ranks import (
+    Bystander,
+    Part,
+    Ranks,
+    joined,
+    printing_on_first,
+    prints_here,
+    told_once,
+)
 from rdarts_fast.run_dir import RESULT, Run, RunDir
 from rdarts_fast.tasks import Batch, Carry, Task
 
@@ -456,7 +464,11 @@ def finish(settings: RetrainConfig, task: Task, state: RetrainState, run: RunDir
 def main() -> None:
     """The command line."""
     description = "Train a found architecture from scratch and report its test error."
-    retrain_all(config_sources.parse(RetrainConfig, description, "python -m rdarts_fast.retrain"))
+    program = "python -m rdarts_fast.retrain"
+    with told_once():
+        with printing_on_first():
+            settings = config_sources.parse(RetrainConfig, description, program)
+        retrain_all(settings)
 
 
 if __name__ == "__main__":

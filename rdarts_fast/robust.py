@@ -26,6 +26,7 @@ from rdarts_fast.fleet import FleetConfig, Job, run_jobs
 from rdarts_fast.metrics import Metric, metric_of
 from rdarts_fast.oracle import Oracle, architectures, count_architectures, plain
 from rdarts_fast.protocol import (
+    SETTINGS,
     Planned,
     RobustConfig,
     checked,
@@ -42,7 +43,7 @@ from rdarts_fast.search import run_search
 from rdarts_fast.spaces import load_space
 from rdarts_fast.tables import CLASSIFICATION, Table
 
-SETTINGS, ORACLE = "robust.json", "oracle.json"
+ORACLE = "oracle.json"
 # What another start may change.
 _FREE = {field.name for field in dataclasses.fields(FleetConfig)} | {"out", "device", "data_root"}
 
@@ -71,7 +72,7 @@ def robust(settings: RobustConfig) -> Table:
             if settings.method == "exhaustive":
                 return exhaustive(settings, folder)
             return protocol(settings, folder)
-        except training.Interrupted as interrupt:
+        except KeyboardInterrupt as interrupt:  # within a step or not, here or on Ray
             raise training.Interrupted("the same command") from interrupt
 
 

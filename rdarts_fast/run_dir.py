@@ -246,11 +246,11 @@ class Run:
         _check_run(folder)
         return cls(
             folder=folder,
-            config=_read_object(folder / CONFIG),
-            environment=_read_object(folder / ENVIRONMENT),
+            config=read_object(folder / CONFIG),
+            environment=read_object(folder / ENVIRONMENT),
             metrics=_read_metrics(folder / METRICS),
             genotype=_read_genotype(folder / GENOTYPE),
-            result=_read_object(folder / RESULT) if (folder / RESULT).exists() else None,
+            result=read_object(folder / RESULT) if (folder / RESULT).exists() else None,
         )
 
     @classmethod
@@ -262,7 +262,7 @@ class Run:
         folder = Path(folder)
         _check_run(folder)
         notes: list[str] = []
-        config = _read_object(folder / CONFIG)
+        config = read_object(folder / CONFIG)
 
         def whole(read: Callable[[Path], _Read], name: str) -> _Read | None:
             try:
@@ -271,10 +271,10 @@ class Run:
                 notes.append(str(error))
                 return None
 
-        environment = whole(_read_object, ENVIRONMENT) or {}
+        environment = whole(read_object, ENVIRONMENT) or {}
         metrics = whole(lambda path: _whole_records(path, notes), METRICS) or []
         genotype = whole(_read_genotype, GENOTYPE)
-        result = whole(_read_object, RESULT) if (folder / RESULT).exists() else None
+        result = whole(read_object, RESULT) if (folder / RESULT).exists() else None
         return cls(folder, config, environment, metrics, genotype, result), notes
 
     @property
@@ -516,7 +516,8 @@ def _check_run(folder: Path) -> None:
             raise UserError(f"{folder} is not a run folder: it has no {CONFIG}")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object. Raises UserError where it does not."""
     with _explained("read", path):
         data = path.read_bytes()
     return _parse_object(str(path), data)

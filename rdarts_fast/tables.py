@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rdarts_fast.errors import UserError
 from rdarts_fast.metrics import METRICS, Metric
-from rdarts_fast.run_dir import write_file
+from rdarts_fast.run_dir import read_object, write_file
 
 CLASSIFICATION = METRICS["classification"]
+TABLE = "table.json"
+TEXTS = ("name", "regularisation")  # columns that are no numbers
 
 
 def titles(metric: Metric) -> dict[str, str]:
@@ -53,6 +56,22 @@ class Table:
         deviation = statistics.stdev(costs) if len(costs) > 1 else None
         return cls(title, rows, mean, deviation, metric)
 
+    @classmethod
+    def read(cls, folder: Path, metric: Metric = CLASSIFICATION) -> Table:
+        """Read what `write` wrote. Raises UserError where it is not whole."""
+        path = folder / TABLE
+        values = read_object(path)
+        rows = values.get("rows")
+        if not isinstance(values.get("title"), str) or not isinstance(rows, list):
+            raise UserError(f"{path}: damaged, expected a title and rows")
+        for i, row in enumerate(rows):
+            if not isinstance(row, dict) or not _whole(row, metric):
+                raise UserError(f"{path}: damaged, row {i} is none of such a table")
+        mean, deviation = values.get("mean"), values.get("deviation")
+        if not (_is_number(mean) and _is_number(deviation)):
+            raise UserError(f"{path}: damaged, expected numbers as mean and deviation")
+        return cls(values["title"], rows, mean, deviation, metric)
+
     def to_json(self) -> str:
         """Return everything."""
         return json.dumps(
@@ -74,30 +93,48 @@ class Table:
         writer.writerows(self.rows)
         return text.getvalue()
 
-    def to_markdown(self, most: int | None = None) -> str:
-        """Return the rows to read, the selected in bold, the first `most` of them."""
-        columns = titles(self.metric)
-        names = [name for name in columns if any(row.get(name) is not None for row in self.rows)]
-        lines = [f"{self.title}\n", "| " + " | ".join(columns[name] for name in names) + " |"]
-        lines.append("|" + "---|" * len(names))
-        for row in self.rows[:most]:
-            cells = [self._cell(name, row.get(name)) for name in names]
-            if row.get("selected"):
-                cells = [f"**{cell}**" if cell else "" for cell in cells]
-            lines.append("| " + " | ".join(cells) + " |")
+    def columns(self) -> dict[str, str]:
+        """Return the titles of the columns that are not empty, by their names in a row."""
+        found = titles(self.metric)
+        return {
+            name: title
+            for name, title in found.items()
+            if any(row.get(name) is not None for row in self.rows)
+        }
+
+    def cells(self, row: Mapping[str, Any]) -> list[str]:
+        """Return a row's texts, one for each of the columns."""
+        return [self._cell(name, row.get(name)) for name in self.columns()]
+
+    def notes(self, most: int | None = None) -> list[str]:
+        """Return what stands below the first `most` rows: how many are left, mean and deviation of
+        the selected, and what failed.
+        """
+        lines = []
         if most is not None and len(self.rows) > most:
-            lines.append(f"\n({len(self.rows) - most} more rows in table.md)")
+            lines.append(f"({len(self.rows) - most} more rows in table.md)")
         if self.mean is not None:
             spread = "" if self.deviation is None else f" ± {self.metric.text(self.deviation)}"
             mean = self.metric.text(self.mean)
-            lines.append(f"\ntest {self.metric.cost} of the selected: {mean}{spread}")
-        failed = [f"{row['name']}: {row['error']}" for row in self.rows if row.get("error")]
-        lines += [f"\nfailed: {line}" for line in failed]
-        return "\n".join(lines)
+            lines.append(f"test {self.metric.cost} of the selected: {mean}{spread}")
+        failed = [row for row in self.rows if row.get("error")]
+        return lines + [f"failed: {row['name']}: {row['error']}" for row in failed]
+
+    def to_markdown(self, most: int | None = None) -> str:
+        """Return the rows to read, the selected in bold, the first `most` of them."""
+        columns = self.columns()
+        lines = [f"{self.title}\n", "| " + " | ".join(columns.values()) + " |"]
+        lines.append("|" + "---|" * len(columns))
+        for row in self.rows[:most]:
+            cells = [cell.replace("|", "\\|") for cell in self.cells(row)]
+            if row.get("selected"):
+                cells = [f"**{cell}**" if cell else "" for cell in cells]
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join([*lines, *(f"\n{note}" for note in self.notes(most))])
 
     def write(self, folder: Path) -> None:
         """Write table.json, table.csv and table.md."""
-        write_file(folder / "table.json", self.to_json() + "\n")
+        write_file(folder / TABLE, self.to_json() + "\n")
         write_file(folder / "table.csv", self.to_csv())
         write_file(folder / "table.md", self.to_markdown() + "\n")
 
@@ -106,4 +143,24 @@ class Table:
             return ""
         if name == "regret" or name.endswith((f"_{self.metric.cost}", f"_{self.metric.name}")):
             return self.metric.text(value)
-        return f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|")
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _whole(row: Mapping[str, Any], metric: Metric) -> bool:
+    """Whether the columns of a row that was read hold what they should."""
+    numbers = [name for name in titles(metric) if name not in TEXTS]
+    texts = [row.get(name) for name in (*TEXTS, "error")]
+    return (
+        isinstance(row.get("name"), str)
+        and all(text is None or isinstance(text, str) for text in texts)
+        and all(_is_number(row.get(name)) for name in numbers)
+    )
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is None or a number that can be written."""
+    if value is None:
+        return True
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e300

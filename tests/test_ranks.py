@@ -20,6 +20,7 @@ from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype
 from rdarts_fast.networks import Network
 from rdarts_fast.ranks import Ranks, joined
+from rdarts_fast.retrain import main as retrain_main
 from rdarts_fast.retrain import run_retraining
 from rdarts_fast.run_dir import Run
 from rdarts_fast.tasks.classification import Classification
@@ -222,6 +223,22 @@ def test_an_error_of_one_process_is_told_once_and_without_tracebacks(tmp_path) -
         "error: process 1 of 2 stops, since another ended: what that one says is the cause",
     }
     assert "gloo" not in done.stderr and 'fails.py", line' not in done.stderr
+
+
+def test_an_error_that_every_process_finds_is_told_once(tmp_path) -> None:
+    done = torchrun("-m", "rdarts_fast.retrain", str(tmp_path / "absent"), "--device", "cpu")
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: genotype {tmp_path / 'absent'}: No such file or directory"]
+
+
+def test_a_mistyped_flag_is_told_once(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["retrain", "run", "--chanels", "3"])
+    for rank, told in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            retrain_main()
+        assert ("--channels" in capsys.readouterr().err) == told
 
 
 KILLED = """

@@ -294,6 +294,41 @@ def test_some_gradients_alone() -> None:
     assert torch.equal(alone, gradient())
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_one_hot_without_a_batch_norm_is_the_genotypes_network(
+    backend: str, training: bool
+) -> None:
+    torch.manual_seed(0)
+    searched = RecurrentSupernet("rnn", VOCABULARY, HIDDEN, SOME, backend, normalised=False)
+    names = load_space("rnn").cells["recurrent"][0]
+    nodes = [(names[1 + i % 4], i // 2) for i in range(8)]
+    found = RecurrentNetwork(
+        Genotype({"recurrent": tuple((node,) for node in nodes)}), VOCABULARY, HIDDEN, SOME
+    )
+    for network in (searched.double(), found.double()):
+        network.train(training)
+    with torch.no_grad():
+        for parameter in searched.parameters():
+            parameter.mul_(8.0)
+    kept = {k: v for k, v in searched.state_dict().items() if "norm" not in k}
+    found.load_state_dict(kept)
+    weights = torch.zeros(36, 5, dtype=torch.float64)
+    for node, (name, source) in enumerate(nodes):
+        weights[node * (node + 1) // 2 + source, names.index(name)] = 1.0
+    words = torch.randint(VOCABULARY, (4, COLUMNS))
+    draws = Draws(4)
+    got = searched(words, {"recurrent": weights}, draws).logits
+    expected = found(words, draws).logits
+    assert (got - expected).abs().max() <= EXACT * expected.abs().max()
+    pairs = zip(
+        torch.autograd.grad(got.pow(2).sum(), list(searched.parameters())),
+        torch.autograd.grad(expected.pow(2).sum(), list(found.parameters())),
+        strict=True,
+    )
+    assert all((a - b).abs().max() <= 1e-9 * b.abs().max() for a, b in pairs)
+
+
 def test_windows_carry_on_where_the_last_ended() -> None:
     network = supernet().eval()
     words, _, _ = batch()

@@ -526,7 +526,7 @@ def test_the_report_of_real_runs(tmp_path, monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["absent"], "error: nothing to report on: absent there is no such folder"),
+        (["absent"], "error: nothing to report on: absent: there is no such folder"),
         ([".", "--details", "few"], "error: --details: expected a whole number from 0 on, or all"),
     ],
 )

@@ -155,7 +155,7 @@ def test_folders_that_are_no_runs_are_named_with_the_reason(tmp_path) -> None:
 
 def test_nothing_readable_is_an_error_and_no_report(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"nothing to report on: .*empty holds no run folder"):
+    with pytest.raises(UserError, match=r"nothing to report on: .*empty: holds no run folder"):
         write_report(tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="no folders were named"):

@@ -230,6 +230,20 @@ def test_a_random_search_has_the_score_of_its_cost(tmp_path) -> None:
         assert page.column(TITLES[task][1])[task] == shown
 
 
+def test_only_a_short_training_has_the_cost_of_one(tmp_path) -> None:
+    """A full training of a language model validates too, after each epoch."""
+    search = plant_search(tmp_path / "runs/s", task="language")
+    plant_retraining(tmp_path / "runs/short", search, 300.0, holdout=True)
+    full = plant_retraining(tmp_path / "runs/full", search, 120.0, epochs=4)
+    write_metrics(full, [record | {"valid_perplexity": 130.0} for record in read_metrics(full)])
+    write_report(tmp_path / "runs", tmp_path / "out")
+    page = written(tmp_path / "out")
+    short = page.column("validation perplexity, short training")
+    assert short == {"s": "300.00", "short": "300.00", "full": "–"}
+    assert page.column("test perplexity")["full"] == "120.00"
+    assert page.column("also")["full"] == "validation perplexity 130"
+
+
 def test_further_measures_stand_beside(tmp_path) -> None:
     search = plant_search(
         tmp_path / "runs/s",

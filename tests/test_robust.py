@@ -26,6 +26,7 @@ from rdarts_fast.protocol import RobustConfig, plan, short_epochs, words_of
 from rdarts_fast.robust import is_done, robust, run_robust
 from rdarts_fast.run_dir import Run, held, write_file
 from rdarts_fast.search import run_search
+from rdarts_fast.training import Interrupted
 from tests.small import settings, write_images
 
 REPOSITORY = Path(__file__).parents[1]
@@ -446,11 +447,14 @@ def test_the_command_line_and_its_help(tmp_path) -> None:
     assert len(bad.stderr.splitlines()) == 1
 
 
-def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "interrupt", [Interrupted("python -m rdarts_fast.search --resume x"), KeyboardInterrupt()]
+)
+def test_an_interrupt_says_how_to_go_on(interrupt, tmp_path, monkeypatch) -> None:
     planted = Planted(monkeypatch, {})
 
     def interrupted(**given: Any) -> None:
-        raise robust_module.training.Interrupted("python -m rdarts_fast.search --resume x")
+        raise interrupt  # within a step, or while data are read
 
     monkeypatch.setattr(robust_module, "run_search", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:

@@ -1,5 +1,7 @@
 """Every program on every task: what holds for images holds for text and for stereo pairs."""
 
+import json
+import math
 import signal
 import subprocess
 import sys
@@ -15,9 +17,10 @@ from rdarts_fast.config import RandomSearchConfig, RetrainConfig, SearchConfig
 from rdarts_fast.curvature import hessian
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError
-from rdarts_fast.genotype import discretize
+from rdarts_fast.genotype import Genotype, discretize
 from rdarts_fast.metrics import METRICS, Metric, Outcome, Sums
 from rdarts_fast.networks import softmax_weights
+from rdarts_fast.networks.recurrent import RecurrentNetwork
 from rdarts_fast.random_search import run_random_search
 from rdarts_fast.retrain import run_retraining
 from rdarts_fast.robust import run_robust
@@ -142,6 +145,40 @@ def test_random_search(name: str, tmp_path) -> None:
     costs = [finalist[f"valid_{metric.cost}"] for finalist in run.result["finalists"]]
     assert costs == sorted(costs) and run.result[f"valid_{metric.cost}"] == costs[0]
     assert run.genotype is not None and set(run.genotype.cells) == set(FAMILIES[name])
+
+
+def test_a_random_search_scores_the_network_that_its_genotype_is(tmp_path) -> None:
+    given = small_worlds.language(tmp_path, epochs=2, samples=4, sample_batches=1, finalists=2)
+    del given["alpha_learning_rate"]
+    run = run_random_search(**given)
+    settings = config_sources.stored(RandomSearchConfig, run.folder, "RUN")
+    task, cost = tasks.load(settings, torch.device("cpu")), METRICS["language"].cost
+    stored = run.load_checkpoint()["supernet"]
+    for finalist in run.result["finalists"]:
+        genotype = Genotype.from_dict(finalist["genotype"])
+        vocabulary, hidden = stored["embedding.weight"].shape
+        network = RecurrentNetwork(genotype, vocabulary, hidden).eval()
+        network.load_state_dict({k: v for k, v in stored.items() if "norm" not in k})
+        sums, carry = Sums(), {}
+        with torch.no_grad():
+            for rows in task.validation_batches():
+                outcome = task.run_network(network, task.holdout_batch(rows), Draws(0), carry)
+                carry = outcome.carry
+                sums.add(outcome)
+        assert finalist[f"valid_{cost}"] == pytest.approx(sums.cost(task.metric), rel=1e-5)
+
+
+def test_an_architecture_that_computes_no_numbers_is_the_last(tmp_path, monkeypatch) -> None:
+    costs = iter((math.nan, 3.0, math.inf, 2.0, 5.0, math.nan))
+    monkeypatch.setattr(Sums, "cost", lambda self, metric: next(costs))
+    given = small_worlds.language(tmp_path, epochs=1, samples=4, sample_batches=1, finalists=2)
+    del given["alpha_learning_rate"]
+    run = run_random_search(**given)
+    finalists = [(f["sampled_perplexity"], f["valid_perplexity"]) for f in run.result["finalists"]]
+    assert finalists[0] == (2.0, 5.0) and finalists[1][0] == 3.0 and finalists[1][1] > 1e290
+    monkeypatch.setattr(Sums, "cost", lambda self, metric: math.nan)
+    with pytest.raises(UserError, match="no architecture has a finite validation perplexity"):
+        run_random_search(**given | {"out": tmp_path / "none"})
 
 
 @world
@@ -315,7 +352,11 @@ def test_a_metric_says_what_is_better() -> None:
     accuracy, perplexity = METRICS["classification"], METRICS["language"]
     assert accuracy.cost_of(0.9) == pytest.approx(0.1) and accuracy.text(0.123) == "12.30%"
     assert perplexity.score(2.0) == pytest.approx(7.389, abs=1e-3)
-    assert perplexity.score(1e4) == float("inf")
+    assert perplexity.score(1e4) == perplexity.score(1e5) > 1e290  # json has no infinity
+    assert json.loads(json.dumps(perplexity.score(1e4), allow_nan=False)) < 1e300
+    assert perplexity.text(perplexity.score(1e4)) == "4.6e+299"
+    assert perplexity.text(1234567.891) == "1234567.89"
+    assert math.isnan(perplexity.score(math.nan))
     assert METRICS["disparity"].text(1.5) == "1.50 px"
     assert Metric("epe", "epe").cost_of(3.0) == 3.0
 

@@ -148,13 +148,26 @@ class LanguageModel(nn.Module):
         return torch.stack(raw)
 
 
+class NoNorm(nn.BatchNorm1d):
+    """In place of a batch norm: what goes in comes out, in train mode too."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, eps=0.0, affine=False)  # its statistics are 0 and 1
+        self.eval()
+
+    def train(self, mode: bool = True) -> NoNorm:
+        """Stay in eval mode, where the statistics do not move."""
+        return super().train(False)
+
+
 class RecurrentSupernet(LanguageModel, SearchNetwork):
     """The search network of language modelling over `space`.
 
     vocabulary: words known, V. hidden: units of the cell, and numbers that a word is embedded in.
     backend: "reference" is the published form, an operation at a time; "fused" has the same
-    parameters and buffers and computes a node at once, on kernels (recurrent_cell.py). Raises
-    UserError for an unknown backend.
+    parameters and buffers and computes a node at once, on kernels (recurrent_cell.py). normalised:
+    with the batch norm of DARTS's search; without it, under one-hot weights, it is the network of a
+    genotype. Raises UserError for an unknown backend.
     """
 
     def __init__(
@@ -164,13 +177,15 @@ class RecurrentSupernet(LanguageModel, SearchNetwork):
         hidden: int = 300,
         dropouts: Dropouts = OF_A_SEARCH,
         backend: str = "fused",
+        *,
+        normalised: bool = True,
     ) -> None:
         super().__init__(load_space(space) if isinstance(space, str) else space)
         if backend not in ("fused", "reference"):
             raise unknown("backend", backend, ("fused", "reference"))
         self.backend = backend
         self.build(vocabulary, hidden, self.space.nodes, dropouts)
-        self.norm = nn.BatchNorm1d(hidden, affine=False)
+        self.norm = nn.BatchNorm1d(hidden, affine=False) if normalised else NoNorm(hidden)
 
     def forward(
         self,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rdarts_fast import __version__
 from rdarts_fast.errors import UserError
-from rdarts_fast.report import beside, groups, many, maps, overview, single
+from rdarts_fast.report import beside, groups, many, maps, overview, protocols, single
 from rdarts_fast.report.commands import command_of
 from rdarts_fast.report.groups import Group
 from rdarts_fast.report.markup import (
@@ -26,6 +26,7 @@ from rdarts_fast.report.markup import (
     tag,
 )
 from rdarts_fast.report.pictures import FOLDER, Pictures
+from rdarts_fast.report.protocols import Protocol
 from rdarts_fast.report.reading import Unread, read_all
 from rdarts_fast.report.rows import Row, by_task, rows_of
 from rdarts_fast.report.style import CSS
@@ -73,13 +74,15 @@ def write_report(
         raise UserError(f"details: expected a number from 0 on, got {details}")
     found, unread = read_all(given)
     if not found:
-        reasons = "; ".join(f"{each.path} {each.reason}" for each in unread[:5])
+        reasons = "; ".join(f"{each.path}: {each.reason}" for each in unread[:5])
         raise UserError(f"nothing to report on: {reasons or 'no folders were named'}")
+    ended, damaged = protocols.protocols_in(given)
+    unread += damaged
     try:
         _prepare(out)
         rows = rows_of(found)
         pictures = Pictures(out / FOLDER)
-        text = _page(given, out, rows, unread, pictures, details)
+        text = _page(given, out, rows, ended, unread, pictures, details)
         grouped = groups.groups_of(rows)
         (out / "table.md").write_text(groups.to_markdown(grouped), encoding="utf-8")
         (out / "table.tex").write_text(groups.to_latex(grouped), encoding="utf-8")
@@ -109,6 +112,7 @@ def _page(
     given: Sequence[Path],
     out: Path,
     rows: Sequence[Row],
+    ended: Sequence[Protocol],
     unread: Sequence[Unread],
     pictures: Pictures,
     details: int | None,
@@ -116,9 +120,11 @@ def _page(
     searches = [row for row in rows if row.searched]
     grouped = groups.groups_of(rows)
     figures = {task: many.figures(found, pictures) for task, found in by_task(rows).items()}
-    parts: dict[str, tuple[str, Html]] = {
-        "runs": ("", overview.table_of(rows, _parted(searches, details)))
-    }
+    parts: dict[str, tuple[str, Html]] = {}
+    if ended:
+        parts["protocols"] = ("What the protocol chose", protocols.section(ended))
+    name = "All runs" if ended else ""
+    parts["runs"] = (name, overview.table_of(rows, _parted(searches, details)))
     if any(figures.values()):
         parts["figures"] = ("Over all runs", _figures(figures))
     if grouped:

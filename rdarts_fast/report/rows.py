@@ -202,6 +202,10 @@ def _retraining_row(found: Found) -> Row:
         cost if cost is not None else number(last, name)
         for cost, name in zip(costs, names, strict=True)
     )
+    if run.config.get("holdout") is not True and row.valid_cost is not None:
+        # Of a task that validates too where it tests: not what the short trainings are chosen by.
+        row.further = {row.scale.valid: row.valid_cost, **row.further}
+        row.valid_cost = None
     name = names[0 if row.test_cost is None else 1]
     row.curve = [value for r in run.history if (value := number(r, name)) is not None]
     at = str(run.config.get("genotypes_at", ""))

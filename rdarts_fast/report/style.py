@@ -42,7 +42,7 @@ tbody th { font-weight: 500; position: sticky; left: 0; background: var(--card);
 .plain tbody th { min-width: 0; white-space: nowrap; }
 .n { text-align: right; }
 tr.sub th { padding-left: 26px; font-weight: 400; color: var(--soft); }
-tr.sub td { color: var(--soft); }
+tr.sub td { color: var(--soft); } tr.chosen th, tr.chosen td { font-weight: 600; }
 tr:last-child td, tr:last-child th { border-bottom: 0; }
 .runs, .plain { border: 1px solid var(--line); border-radius: 10px; overflow: hidden;
   margin: 16px 0; background: var(--card); }

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdarts_fast.averaged_sgd import AveragedSGD
-from rdarts_fast.config import RetrainConfig, RunConfig, SupernetConfig
+from rdarts_fast.config import RandomSearchConfig, RetrainConfig, RunConfig, SupernetConfig
 from rdarts_fast.config_language import LanguageConfig, LanguageRetrainConfig
 from rdarts_fast.data import text
 from rdarts_fast.draws import Draws
@@ -97,12 +97,20 @@ class Language(Task):
         return f"a recurrent cell of {len(network.ws)} nodes and {network.hidden_size} units"
 
     def supernet(self, config: SupernetConfig, space: Space) -> RecurrentSupernet:
-        """Return the supernet at its start, drawn from the config's seed."""
+        """Return the supernet at its start, drawn from the config's seed.
+
+        A random search's has no batch norm, as the published one (Li and Talwalkar's): the running
+        statistics of all architectures fit none of them, and after some words a state is no number.
+        """
         check_space(space, "language")
+        normalised = not isinstance(config, RandomSearchConfig)
         vocabulary, hidden = len(self.corpus.vocabulary), self.words.hidden
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return RecurrentSupernet(space, vocabulary, hidden, self._dropouts(), config.backend)
+            return RecurrentSupernet(
+                *(space, vocabulary, hidden, self._dropouts(), config.backend),
+                normalised=normalised,
+            )
 
     def network(self, config: RetrainConfig, genotype: Genotype) -> RecurrentNetwork:
         """Return the genotype's network at its start, drawn from the config's seed."""
