@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rdarts_fast.draws import Draws
 from rdarts_fast.networks.adjoint_cell import Gradients, GradientTangents
 from rdarts_fast.networks.chain import State
+from rdarts_fast.networks.checkpointed import BuffersAside
+from rdarts_fast.networks.fused import fused_stem
 from rdarts_fast.networks.tangent import Gathered
 from rdarts_fast.networks.tangent_cell import CellParts
 from rdarts_fast.spaces import INPUTS
@@ -38,7 +40,8 @@ class SupernetPasses:
     ) -> None:
         self._parts, self._classifier = parts, supernet.classifier
         self.weights = {kind: alpha.detach().softmax(dim=-1) for kind, alpha in alphas.items()}
-        first = [State(_still(supernet.stem, images), moves=False)]
+        with BuffersAside(supernet.stem):
+            first = [State(fused_stem(supernet.stem, images), moves=False)]
         before = [first, first]
         for cell in parts:
             weights = self.weights[cell.cell.kind]
@@ -179,15 +182,6 @@ class SupernetPasses:
         p, g = self.weights[kind].double(), self.dweights[kind].double()
         moved = (dp * g + p * dg).sum(dim=-1, keepdim=True)
         return dp * (g - (p * g).sum(dim=-1, keepdim=True)) + p * (dg - moved)
-
-
-def _still(module: nn.Module, x: Tensor) -> Tensor:
-    """Return module(x), with its buffers as they were."""
-    saved = [buffer.clone() for buffer in module.buffers()]
-    result: Tensor = module(x).contiguous(memory_format=torch.channels_last)
-    for buffer, before in zip(module.buffers(), saved, strict=True):
-        buffer.copy_(before)
-    return result
 
 
 def parts_of(supernet: Any) -> list[CellParts] | None:
