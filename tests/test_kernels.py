@@ -22,7 +22,12 @@ from rdarts_fast.kernels import (
     normalized_sum,
 )
 from rdarts_fast.kernels.channel_sums import channel_affine_twin, channel_sums_twin
-from rdarts_fast.kernels.node_sum import node_sum_dq_twin, node_sum_dz_twin, node_sum_twin
+from rdarts_fast.kernels.node_sum import (
+    launch_node_sum,
+    node_sum_dq_twin,
+    node_sum_dz_twin,
+    node_sum_twin,
+)
 from rdarts_fast.kernels.normalized_sum import normalized_sum_twin
 from tests.conftest import device_of
 from tests.tolerances import assert_equal
@@ -85,6 +90,17 @@ def cases(backend: str):
     for shape, layout, dtype in itertools.product(SHAPES, LAYOUTS, dtypes_of(backend)):
         for k in (1, 5):
             yield Case(shape, k, layout, dtype)
+
+
+def test_a_node_sum_may_take_the_place_of_any_of_its_terms(backend: str) -> None:
+    for layout, k, dropped in itertools.product(LAYOUTS, (2, 6), (False, True)):
+        case = Case((3, 16, 5, 8), k, layout, torch.float64)
+        on, factors = Moved(case, backend), case.factors if dropped else None
+        expected = node_sum_twin(case.z, case.scale, case.shift, factors)
+        out = on.z[-1]
+        rest = (on.shift, on.factors if dropped else None, None, None)
+        launch_node_sum(None, on.scale, *rest, on.z, out)
+        assert_equal(out.cpu(), expected, torch.float64)
 
 
 def test_node_sum_and_its_adjoints(backend: str) -> None:

@@ -11,7 +11,6 @@
 #include "normalization.h"
 #include "parallel.h"
 #include "tiles.h"
-#include "vectors.h"
 
 namespace rdarts {
 namespace {
@@ -42,6 +41,22 @@ void centred_tile(const T* __restrict z, const T* __restrict pivot, T* __restric
   });
 }
 
+// The same where channels lie innermost in whole vectors: a block of them at a time, so that its
+// sums and pivots stay in registers.
+template <typename T>
+void centred_blocks(const T* z, const T* pivot, T* sum, T* square, int64_t size, int64_t channels) {
+  constexpr int L = kVector<T>;
+  for (int64_t block = 0; block < channels; block += L) {
+    const Vec<T> middle = load(pivot + block);
+    Vec<T> s = load(sum + block), q = load(square + block);
+    for (int64_t i = block; i < size; i += channels) {
+      const Vec<T> x = load(z + i) - middle;
+      s += x, q += x * x;
+    }
+    store<T>(sum + block, s), store<T>(square + block, q);
+  }
+}
+
 // sums: [N, 2, K, C], those of samples [from, to).
 template <typename T>
 void sums_of_samples(const ChannelSums& a, const Runs& r, int64_t from, int64_t to,
@@ -50,6 +65,7 @@ void sums_of_samples(const ChannelSums& a, const Runs& r, int64_t from, int64_t 
   std::fill_n(sums + from * 2 * plane, (to - from) * 2 * plane, 0.0);
   std::vector<T> pivot(r.period), sum(r.period, T(0)), square(r.period, T(0));
   const auto add = r.inner ? centred_tile<T, true> : centred_tile<T, false>;
+  const bool blocks = in_blocks<T>(r);
   for (int k = 0; k < a.inputs; ++k) {
     Reader<T> z(a.z[k], r);
     const int64_t row = k * r.channels;
@@ -66,7 +82,9 @@ void sums_of_samples(const ChannelSums& a, const Runs& r, int64_t from, int64_t 
           since = 0;
         };
         for_tiles(r, [&](int64_t begin, int64_t size) {
-          add(z.tile(n, run, begin, size), pivot.data(), sum.data(), square.data(), size, r.period);
+          const T* const tile = z.tile(n, run, begin, size);
+          if (blocks) centred_blocks(tile, pivot.data(), sum.data(), square.data(), size, r.channels);
+          else add(tile, pivot.data(), sum.data(), square.data(), size, r.period);
           since += size / r.period;
           if (since >= kFlushed) flush_both();
         });
@@ -137,7 +155,7 @@ template <typename T>
 void product_tiles(const T* g, const std::vector<const T*>& z, const T* pivots, T* sums,
                    int64_t size, const Runs& r) {
   size_t k = 0;
-  if (r.inner && r.channels % kVector<T> == 0) {
+  if (in_blocks<T>(r)) {
     const auto some = [&](auto count) {
       for (; k + count() <= z.size(); k += count()) {
         const int64_t row = static_cast<int64_t>(k) * r.period;

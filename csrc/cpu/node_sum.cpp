@@ -10,7 +10,6 @@
 #include "launchers.h"
 #include "parallel.h"
 #include "tiles.h"
-#include "vectors.h"
 
 namespace rdarts {
 namespace {
@@ -78,7 +77,7 @@ template <typename T, bool inner>
 void accumulate_all(T* total, const std::vector<const T*>& z, const std::vector<const T*>& scale,
                     const std::vector<const T*>& shift, int64_t size, const Runs& r) {
   const int64_t repetition = inner ? r.period : size;
-  const bool blocks = inner && r.channels % kVector<T> == 0;
+  const bool blocks = in_blocks<T>(r);
   const auto some = [&](auto count, auto fresh, size_t k) {
     const T *const *x = &z[k], *const *a = &scale[k], *const *b = &shift[k];
     if (blocks) accumulate_blocks<T, count(), fresh()>(total, x, a, b, size, r.channels);
@@ -191,19 +190,22 @@ template <typename T, bool inner>
 void sum_samples(const NodeSum& a, const Runs& r, int64_t from, int64_t to) {
   SampleSum<T, inner> terms(a, r);
   Writer<T> writer(a.out, r);
-  std::vector<T> noise, turned;
+  std::vector<T> noise, turned, own;
   std::vector<float> numbers;
+  const auto is_out = [&](const Array& z) { return z.data == a.out.data; };
+  if (std::any_of(a.z, a.z + a.inputs, is_out)) own.resize(r.tile);  // read until the sum is whole
   for (int64_t n = from; n < to; ++n) {
     if (a.drawn.count > 0) draw_sample(a.drawn, r, n, numbers, noise, turned);
     for (int64_t run = 0; run < r.count; ++run) {
       terms.start(n, run);
       for_tiles(r, [&](int64_t begin, int64_t size) {
-        T* const sum = writer.tile(n, run, begin);
+        T *const target = writer.tile(n, run, begin), *const sum = own.empty() ? target : own.data();
         terms.tile(sum, begin, size);
         if (a.drawn.count > 0) {
           const T* const more = &noise[run * r.length + begin];
           for (int64_t i = 0; i < size; ++i) sum[i] += more[i];
         }
+        if (sum != target) std::copy_n(sum, size, target);
         writer.done(n, run, begin, size);
       });
     }
@@ -231,8 +233,27 @@ void affine_tile(T* __restrict out, const T* __restrict g, const T* __restrict z
   }
 }
 
+// The same where channels lie innermost in whole vectors: a block of them at a time.
 template <typename T>
-void affine_samples(const Affine& a, const Runs& r, int64_t from, int64_t to) {
+void affine_blocks(T* out, const T* g, const T* z, const T* by_g, const T* by_z, const T* constant,
+                   int64_t size, int64_t channels) {
+  constexpr int L = kVector<T>;
+  for (int64_t block = 0; block < channels; block += L) {
+    const Vec<T> a = load(by_g + block), b = load(by_z + block), c = load(constant + block);
+    const auto each = [&](const auto& value) {
+      for (int64_t i = block; i < size; i += channels) store<T>(out + i, value(i));
+    };
+    if (g && z) each([&](int64_t i) { return a * load(g + i) + (b * load(z + i) + c); });
+    else if (g) each([&](int64_t i) { return a * load(g + i) + c; });
+    else if (z) each([&](int64_t i) { return b * load(z + i) + c; });
+    else each([&](int64_t) { return c; });
+  }
+}
+
+constexpr int64_t kLong = 8;  // tiles at once of each tensor
+
+template <typename T>
+void affine_samples(const Affine& a, const Array* like, const Runs& r, int64_t from, int64_t to) {
   const int64_t all = a.inputs * r.period;
   std::vector<T> by_g(all), by_z(all), constant(all);
   std::vector<Reader<T>> z;
@@ -241,7 +262,13 @@ void affine_samples(const Affine& a, const Runs& r, int64_t from, int64_t to) {
     z.emplace_back(a.z[k].data ? a.z[k] : a.out[k], r);
     out.emplace_back(a.out[k], r);
   }
-  Reader<T> g(a.g, r);
+  Reader<T> g(a.g.data ? a.g : *like, r);
+  Runs tiles = r;  // longer where nothing is copied: fewer tensors come in turn
+  bool direct = g.direct();
+  for (int k = 0; k < a.inputs; ++k) {
+    direct = direct && (!a.out[k].data || (z[k].direct() && out[k].direct()));
+  }
+  if (direct) tiles.tile *= kLong;
   for (int64_t n = from; n < to; ++n) {
     for (int64_t run = 0; run < r.count; ++run) {
       const bool same = n > from && r.count == 1 && !a.factors;  // as of the sample before
@@ -255,7 +282,7 @@ void affine_samples(const Affine& a, const Runs& r, int64_t from, int64_t to) {
         spread(r, run, &constant[k * r.period],
                [&](int64_t c) { return at<T>(a.constant, row + c, T(0)); });
       }
-      for_tiles(r, [&](int64_t begin, int64_t size) {
+      for_tiles(tiles, [&](int64_t begin, int64_t size) {
         const T* gradient = a.g.data ? g.tile(n, run, begin, size) : nullptr;
         for (int k = 0; k < a.inputs; ++k) {
           if (!a.out[k].data) continue;
@@ -263,8 +290,11 @@ void affine_samples(const Affine& a, const Runs& r, int64_t from, int64_t to) {
           const T* input = reads ? z[k].tile(n, run, begin, size) : nullptr;
           const int64_t row = k * r.period;
           T* const result = out[k].tile(n, run, begin);
-          const auto map = r.inner ? affine_tile<T, true> : affine_tile<T, false>;
-          map(result, gradient, input, &by_g[row], &by_z[row], &constant[row], size, r.period);
+          const auto map = in_blocks<T>(r) ? affine_blocks<T>
+                           : r.inner       ? affine_tile<T, true>
+                                           : affine_tile<T, false>;
+          const int64_t step = in_blocks<T>(r) ? r.channels : r.period;
+          map(result, gradient, input, &by_g[row], &by_z[row], &constant[row], size, step);
           out[k].done(n, run, begin, size);
         }
       });
@@ -294,8 +324,8 @@ void affine<RDARTS_UNIT>(const Affine& a, int threads) {
   while (!like->data) ++like;  // one output at least is wanted
   const Runs r = runs_of(*like);
   parallel_for(r.samples, samples_of(r), threads, [&](int64_t from, int64_t to) {
-    if (like->dtype == DType::kFloat64) affine_samples<double>(a, r, from, to);
-    else affine_samples<float>(a, r, from, to);
+    if (like->dtype == DType::kFloat64) affine_samples<double>(a, like, r, from, to);
+    else affine_samples<float>(a, like, r, from, to);
   });
 }
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "node_sum.h"
+#include "vectors.h"
 #include "walk.h"
 
 namespace rdarts {
@@ -33,6 +34,12 @@ struct Runs {
 
   int64_t pixels() const { return height * width; }
 };
+
+// Whether channels lie innermost, in whole vectors.
+template <typename T>
+bool in_blocks(const Runs& r) {
+  return r.inner && r.channels % kVector<T> == 0;
+}
 
 inline bool is_empty(const Array& a) {
   return a.shape[0] == 0 || a.shape[1] == 0 || a.shape[2] == 0 || a.shape[3] == 0;
@@ -108,6 +115,7 @@ class Reader {
   Reader(const Array& a, const Runs& r) : a_(&a), r_(&r), direct_(lies_in_runs(a, r)) {
     if (!direct_) packed_.resize(r.tile);
   }
+  bool direct() const { return direct_; }  // its tiles may be of any size
   // Elements [begin, begin + size) of a run.
   const T* tile(int64_t sample, int64_t run, int64_t begin, int64_t size) {
     if (direct_) {
@@ -132,6 +140,7 @@ class Writer {
   Writer(const Array& a, const Runs& r) : a_(&a), r_(&r), direct_(lies_in_runs(a, r)) {
     if (!direct_) packed_.resize(r.tile);
   }
+  bool direct() const { return direct_; }
   T* tile(int64_t sample, int64_t run, int64_t begin) {
     if (!direct_) return packed_.data();
     const int64_t plane = r_->inner ? 0 : run * a_->strides[1];

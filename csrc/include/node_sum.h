@@ -23,7 +23,7 @@ struct Drawn {
                         // node_sum_dq, which takes them instead of drawing again
 };
 
-// out = sum_k factors[k, n] * (scale[k, c] * z_k + shift[k, c]) + drawn
+// out = sum_k factors[k, n] * (scale[k, c] * z_k + shift[k, c]) + drawn; out may be one of the z
 struct NodeSum {
   Array out;
   const Array* z;
