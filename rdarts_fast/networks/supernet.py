@@ -36,6 +36,7 @@ from rdarts_fast.networks.operations import (
 from rdarts_fast.networks.plan import Plan
 from rdarts_fast.networks.precision import BF16, FP32
 from rdarts_fast.networks.search_network import SearchNetwork, Weights
+from rdarts_fast.recording import Recorder
 from rdarts_fast.spaces import INPUTS, Space, edges_into, load_space
 
 BACKENDS = ("reference", "fused")
@@ -311,6 +312,7 @@ class Supernet(SearchNetwork):
         draws: Draws | None = None,
         *,
         memory: int = 4 << 30,
+        recorder: Recorder | None = None,
     ) -> SupernetHessian | HessianOperator:
         """Return the Hessian of the mean cross entropy over the alphas, for rdarts_fast.curvature.
 
@@ -318,9 +320,10 @@ class Supernet(SearchNetwork):
         mode, with its drop path; draws fix noise and masks. Buffers and gradients stay as they are.
         memory: bytes that the tangents of the dense matrix may take, about. The reference backend,
         and a supernet with operations that tangent.py does not know, get an operator that
-        differentiates twice.
+        differentiates twice. recorder: records products with one vector (recording.py), which
+        replayed are the same.
         """
         self.check_weights(alphas)
         if draws is None:
             draws = Draws(seed=int(torch.randint(2**62, ())))
-        return hessian_operator(self, alphas, images, labels, draws, memory)
+        return hessian_operator(self, alphas, images, labels, draws, memory, recorder)

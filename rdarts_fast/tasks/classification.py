@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdarts_fast import data, training
-from rdarts_fast.config import RetrainConfig, RunConfig, SupernetConfig
+from rdarts_fast.config import RetrainConfig, RunConfig, SearchConfig, SupernetConfig
 from rdarts_fast.curvature.operators import LossOperator
 from rdarts_fast.draws import SITE_SAMPLE, SITE_STREAM_VALIDATION, Draws
 from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype
 from rdarts_fast.metrics import METRICS, Outcome
 from rdarts_fast.networks import Network, SearchNetwork, Supernet, auxiliary_fits
+from rdarts_fast.recording import CudaGraphs
 from rdarts_fast.spaces import Space
 from rdarts_fast.tasks.task import Batch, Carry, Task, Weights, check_genotype, check_space
 
@@ -169,7 +170,10 @@ class Classification(Task):
         """Return the Hessian of the batch's cross-entropy, on kernels where the supernet is."""
         assert isinstance(supernet, Supernet)
         images, labels = batch
-        return supernet.hessian_operator(alphas, images, labels, draws)
+        recorder = None
+        if isinstance(self.settings, SearchConfig) and self.settings.graph:
+            recorder = CudaGraphs(images.device) if images.device.type == "cuda" else None
+        return supernet.hessian_operator(alphas, images, labels, draws, recorder=recorder)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Return SGD with momentum."""
