@@ -170,9 +170,7 @@ class Classification(Task):
         """Return the Hessian of the batch's cross-entropy, on kernels where the supernet is."""
         assert isinstance(supernet, Supernet)
         images, labels = batch
-        recorder = None
-        if isinstance(self.settings, SearchConfig) and self.settings.graph:
-            recorder = CudaGraphs(images.device) if images.device.type == "cuda" else None
+        recorder = recorder_for(self.settings, images.device)
         return supernet.hessian_operator(alphas, images, labels, draws, recorder=recorder)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
@@ -261,3 +259,9 @@ def outcome(logits: Tensor, labels: Tensor) -> Outcome:
     loss = F.cross_entropy(logits, labels)
     right = (logits.detach().argmax(dim=1) == labels).sum()
     return Outcome(loss, loss.detach(), right, len(labels))
+
+
+def recorder_for(settings: RunConfig, device: torch.device) -> CudaGraphs | None:
+    """Return what records a search's products with the Hessian, on a GPU; None: nothing does."""
+    records = isinstance(settings, SearchConfig) and settings.graph and device.type == "cuda"
+    return CudaGraphs(device) if records else None
