@@ -173,7 +173,7 @@ def mixing(reduction: Reduction, x: list[Images], edges: int, made: Images) -> I
 def convolutions(stages: Stages, state: Images) -> Iterator[Work]:
     """Yield the work of all stages of separable convolutions that leave a state."""
     edges = len(stages.edges)
-    x, tensors = state, 1  # what a stage reads: the state, or a tensor an edge
+    x, tensors = state, len(set(stages.states))  # what a stage reads: states, or a tensor an edge
     for kernel, dilation, stride in stages.geometries:
         made = shrunk(x, stride, x.channels)
         shape = f"{made}, {kernel}x{kernel}" + " dilated" * (dilation > 1) + "/2" * (stride > 1)

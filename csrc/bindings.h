@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -124,21 +125,49 @@ Void* moved(Void* data, DType dtype, int64_t by) {
 }
 
 // The launchers that several files call.
+inline void run(const TermCoefficients& arguments, const Place& place) {
+  RDARTS_LAUNCH(term_coefficients, arguments);
+}
+inline void run(const TermGradients& arguments, const Place& place) {
+  RDARTS_LAUNCH(term_gradients, arguments);
+}
+// What goes with the following is on a GPU part of the same launch.
 inline void run(const NodeSum& arguments, const Place& place) {
+  if (arguments.terms && place.device < 0) run(*arguments.terms, place);
   RDARTS_LAUNCH(node_sum, arguments, place.threads);
 }
 inline void run(const NodeSumDq& arguments, const Place& place) {
   RDARTS_LAUNCH(node_sum_dq, arguments, place.threads);
+  if (arguments.terms && place.device < 0) run(*arguments.terms, place);
 }
 inline void run(const Normalization& arguments, const Place& place) {
   RDARTS_LAUNCH(normalize, arguments);
 }
+inline void run(const RowGradients& arguments, const Place& place) {
+  RDARTS_LAUNCH(row_gradients, arguments);
+}
 inline void run(const StageForward& arguments, const Place& place) {
   RDARTS_LAUNCH(sep_stage, arguments, place.threads);
+  if (arguments.norms && place.device < 0) run(*arguments.norms, place);
+}
+inline void run(const MixingForward& arguments, const Place& place) {
+  RDARTS_LAUNCH(mixing, arguments, place.threads);
+  if (arguments.norms && place.device < 0) run(*arguments.norms, place);
 }
 inline void run(const StageBackward& arguments, const Place& place) {
   RDARTS_LAUNCH(sep_stage_backward, arguments, place.threads);
+  if (arguments.rows && place.device < 0) run(*arguments.rows, place);
 }
+
+// Of a cell's table: addresses of [2, R, C] float64 (mean, rstd) and of [3, R, C] coefficients (by_g,
+// by_z, constant), R, whether in training.
+using TableAt = std::tuple<Address, Address, int64_t, bool>;
+using Rule = std::pair<double, double>;  // eps and momentum
+// Rows of it: the first, running buffers (a mean and a variance each), the rule of their norms.
+using RowsAt = std::tuple<TableAt, int64_t, Addresses, Rule>;
+
+// What fills them from the sums of a launch's tensors of that shape, [3, G, C].
+Normalization norms_of(int dtype, const Shape& shape, const RowsAt& at, const double* sums);
 
 // Doubles of buffer that the forward or the backward of a stage needs: sums and workspace.
 int64_t stage_buffer(int64_t edges, const Shape& shape, const Shape& out_shape,

@@ -14,20 +14,6 @@ namespace py = pybind11;
 namespace rdarts {
 namespace {
 
-void run(const TermCoefficients& arguments, const Place& place) {
-  RDARTS_LAUNCH(term_coefficients, arguments);
-}
-void run(const TermGradients& arguments, const Place& place) {
-  RDARTS_LAUNCH(term_gradients, arguments);
-}
-void run(const RowGradients& arguments, const Place& place) {
-  RDARTS_LAUNCH(row_gradients, arguments);
-}
-
-// Addresses of [2, R, C] float64 (mean, rstd) and of [3, R, C] coefficients (by_g, by_z, constant),
-// R, whether in training.
-using TableAt = std::tuple<Address, Address, int64_t, bool>;
-
 Table table_of(int dtype, const Shape& shape, const TableAt& at) {
   const auto [statistics, map, rows, training] = at;
   Table t = {};
@@ -53,6 +39,11 @@ Terms terms_of(const Table& table, const TermsAt& at) {
         std::to_string(rows.size()) + ", " + std::to_string(weights.size()) + " and " +
         std::to_string(normalised.size()));
   }
+  const auto fits = [](int i) { return i >= 0 && i <= UINT16_MAX; };
+  if (!std::all_of(rows.begin(), rows.end(), fits) ||
+      !std::all_of(weights.begin(), weights.end(), fits)) {
+    throw std::invalid_argument("terms: expected rows and weights from 0 to 65535");
+  }
   Terms t = {};
   t.table = table, t.inputs = static_cast<int>(rows.size()), t.weights = pointer(address);
   std::copy(rows.begin(), rows.end(), t.row);
@@ -63,27 +54,45 @@ Terms terms_of(const Table& table, const TermsAt& at) {
   return t;
 }
 
-using Rule = std::pair<double, double>;  // eps and momentum
-
-// Fills rows of the table from `first` on and, where they are wanted, their scales and shifts, from
-// sums, each an address and what lies between its three rows of [C], or in eval mode from the
-// running buffers: [2] each.
-void fill_rows(const Table& t, int64_t first, int count, const Numbers& sums,
-               const Address* running, const Rule& rule, void* scale, void* shift,
-               const Place& place) {
+// What fills rows of the table from `first` on from sums, each an address and what lies between its
+// three rows of [C], or in eval mode from the running buffers: [2] each.
+Normalization rows_of(const Table& t, int64_t first, int count, const Numbers& sums,
+                      const Address* running, const Rule& rule) {
   Normalization n = {};
-  n.dtype = t.dtype, n.inputs = count, n.channels = t.channels, n.count = t.count;
-  n.training = t.training;
-  std::tie(n.eps, n.momentum) = rule;
+  n.dtype = t.dtype, n.inputs = count, n.channels = t.channels;
+  n.rule = {t.count, rule.first, rule.second, t.training};
   for (int k = 0; k < count; ++k) {
     n.normalised |= uint64_t{1} << k;
     n.sums[k] = pointer<const double>(sums[2 * k]), n.apart[k] = sums[2 * k + 1];
     n.running_mean[k] = pointer(running[2 * k]), n.running_var[k] = pointer(running[2 * k + 1]);
   }
   n.mean = t.mean + first * t.channels, n.rstd = t.rstd + first * t.channels;
-  n.scale = scale, n.shift = shift;
-  run(n, place);
+  return n;
 }
+
+// Those of sums that a launch leaves for all of its tensors, [3, G, C].
+Numbers sums_of(const double* sums, int count, int64_t channels) {
+  Numbers rows;
+  for (int k = 0; k < count; ++k) {
+    rows.push_back(static_cast<int64_t>(reinterpret_cast<Address>(sums + k * channels)));
+    rows.push_back(count * channels);
+  }
+  return rows;
+}
+
+}  // namespace
+
+Normalization norms_of(int dtype, const Shape& shape, const RowsAt& at, const double* sums) {
+  const auto& [table, first, running, rule] = at;
+  const int count = static_cast<int>(running.size() / 2);
+  if (count < 1 || count > kMostInputs) {
+    throw std::invalid_argument("running: expected those of 1 to 64 tensors");
+  }
+  return rows_of(table_of(dtype, shape, table), first, count, sums_of(sums, count, shape[1]),
+                 running.data(), rule);
+}
+
+namespace {
 
 void batch_norms_at(int dtype, const Shape& shape, const TableAt& table, int64_t first,
                     const Numbers& sums, const Addresses& running, const Rule& rule,
@@ -93,7 +102,7 @@ void batch_norms_at(int dtype, const Shape& shape, const TableAt& table, int64_t
   if (inputs < 1 || inputs > kMostInputs || sums.size() != running.size()) {
     throw std::invalid_argument("running: expected those of 1 to 64 tensors, and as many sums");
   }
-  fill_rows(t, first, inputs, sums, running.data(), rule, nullptr, nullptr, place);
+  run(rows_of(t, first, inputs, sums, running.data(), rule), place);
 }
 
 // kept: [3, K, C] float64: the means, which the backward needs, then room for scales and shifts.
@@ -107,8 +116,7 @@ void node_at(int dtype, const Shape& shape, const Numbers& tensors, const TableA
   const int64_t plane = n.terms.inputs * shape[1];
   n.pivot = pointer<double>(kept);
   n.scale = n.pivot + plane, n.shift = n.pivot + 2 * plane;
-  run(n, place);
-  run(NodeSum{a[0], &a[1], n.terms.inputs, n.scale, n.shift, pointer(factors), drawn_of(noise)},
+  run(NodeSum{a[0], &a[1], n.terms.inputs, n.scale, n.shift, pointer(factors), drawn_of(noise), &n},
       place);
 }
 
@@ -127,13 +135,12 @@ void node_backward_at(int dtype, const Shape& shape, const Numbers& tensors, con
   }
   double* const drawn_sums = pointer<double>(buffer);
   double* const sums = drawn_sums + drawn.count;
-  run(NodeSumDq{a[0], &a[1], n.terms.inputs, pointer<double>(kept), pointer(factors), drawn, sums,
-                drawn_sums, sums + 2 * n.terms.inputs * shape[1]},
-      place);
   n.sums = sums, n.drawn_sums = drawn_sums, n.drawn = drawn.count;
   std::copy(drawn_weights.begin(), drawn_weights.end(), n.drawn_weight);
   n.dweights = pointer(dweights);
-  run(n, place);
+  run(NodeSumDq{a[0], &a[1], n.terms.inputs, pointer<double>(kept), pointer(factors), drawn, sums,
+                drawn_sums, sums + 2 * n.terms.inputs * shape[1], &n},
+      place);
 }
 
 // A stage of G separable convolutions as Python gives it: the shape of z and z, geometry, weights as
@@ -208,17 +215,14 @@ void stages_at(int dtype, const Shape& shape, const Numbers& x, const std::vecto
     for (size_t s = 0; s < chain.links.size(); ++s) {
       const Chain::Link& link = chain.links[s];
       const int64_t channels = link.shape[1];
-      run(StageForward{chain.part(s, e, count), &link.z[e], sums, sums + 3 * count * channels,
-                       s + 1 < chain.links.size()},
-          place);
-      Numbers rows;
-      for (int k = 0; k < count; ++k) {
-        rows.push_back(static_cast<int64_t>(reinterpret_cast<Address>(sums + k * channels)));
-        rows.push_back(count * channels);
-      }
       const DType type = link.z[0].dtype;
-      fill_rows(link.table, link.first + e, count, rows, &link.more[2 * e], rule,
-                moved(link.scale, type, e * channels), moved(link.shift, type, e * channels), place);
+      Normalization n = rows_of(link.table, link.first + e, count, sums_of(sums, count, channels),
+                                &link.more[2 * e], rule);
+      n.scale = moved(link.scale, type, e * channels);
+      n.shift = moved(link.shift, type, e * channels);
+      run(StageForward{chain.part(s, e, count), &link.z[e], sums, sums + 3 * count * channels,
+                       s + 1 < chain.links.size(), &n},
+          place);
     }
   }
 }
@@ -270,10 +274,13 @@ void stages_backward_at(int dtype, const Shape& shape, const Numbers& x,
       a.ddepthwise = dweights.empty() ? nullptr : &dweights[e];
       a.dpointwise = dweights.empty() ? nullptr : &dweights[chain.edges + e];
       a.workspace = sums + 2 * count * before[1];
+      RowGradients rows = {};
+      if (s > 0) {
+        const Chain::Link& under = chain.links[s - 1];
+        rows = {under.table, static_cast<int>(under.first) + e, count, sums};
+        a.rows = &rows;
+      }
       run(a, place);
-      if (s == 0) break;
-      const Chain::Link& under = chain.links[s - 1];
-      run(RowGradients{under.table, static_cast<int>(under.first) + e, count, sums}, place);
       given = passed;
     }
   }

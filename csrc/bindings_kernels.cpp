@@ -142,8 +142,8 @@ void normalized_sum_at(int dtype, const Shape& shape, const Numbers& tensors, Ad
   double* const sums = shift + together * channels;
   Normalization n = {};
   n.dtype = a[0].dtype, n.channels = channels, n.scale = scale, n.shift = shift;
-  n.count = static_cast<double>(shape[0] * shape[2] * shape[3]);
-  std::tie(n.eps, n.momentum, n.training) = rule;
+  n.rule.count = static_cast<double>(shape[0] * shape[2] * shape[3]);
+  std::tie(n.rule.eps, n.rule.momentum, n.rule.training) = rule;
   for (int first = 0; first < all; first += n.inputs) {
     n.inputs = std::min(together, all - first), n.normalised = 0;
     std::vector<Array> chosen;  // whose sums are still to be had
@@ -154,7 +154,7 @@ void normalized_sum_at(int dtype, const Shape& shape, const Numbers& tensors, Ad
       // An address, and what lies between its rows.
       n.sums[k] = known.empty() ? nullptr : pointer<const double>(known[2 * input]);
       n.apart[k] = known.empty() ? 0 : known[2 * input + 1];
-      if (n.training && normalised[input] && !n.sums[k]) {
+      if (n.rule.training && normalised[input] && !n.sums[k]) {
         chosen.push_back(a[1 + input]), summed.push_back(k);
       }
       if (running.empty()) continue;

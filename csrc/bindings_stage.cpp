@@ -31,9 +31,6 @@ struct Operands {
   }
 };
 
-void run(const MixingForward& arguments, const Place& place) {
-  RDARTS_LAUNCH(mixing, arguments, place.threads);
-}
 void run(const MixingBackward& arguments, const Place& place) {
   RDARTS_LAUNCH(mixing_backward, arguments, place.threads);
 }
@@ -136,15 +133,21 @@ Mixing mixing_of(const std::vector<Array>& x, const std::vector<const void*>& we
 
 void mixing_at(int dtype, const Shape& shape, const Numbers& x, const Shape& out_shape,
                const Numbers& z, int stride, const Addresses& weights, Address scale,
-               Address shift, Address buffer, const Place& place) {
+               Address shift, Address buffer, const std::optional<RowsAt>& rows,
+               const Place& place) {
   const std::vector<Array> sources = arrays_of(dtype, shape, x);
   const std::vector<Array> out = arrays_of(dtype, out_shape, z);
   const std::vector<const void*> w = pointers_of<const void>(weights);
   check_cpu_dtype(out[0].dtype, place);
   const int edges = static_cast<int>(out.size());
   double* const sums = pointer<double>(buffer);
+  Normalization norms = {};
+  if (rows) norms = norms_of(dtype, out_shape, *rows, sums);
+  if (rows && norms.inputs != edges) {
+    throw std::invalid_argument("rows: expected the running buffers of every edge");
+  }
   run(MixingForward{mixing_of(sources, w, edges, stride, scale, shift), out.data(), sums,
-                    sums + 3 * edges * out_shape[1]},
+                    sums + 3 * edges * out_shape[1], rows ? &norms : nullptr},
       place);
 }
 
@@ -217,7 +220,8 @@ void define_stages(py::module_& module) {
              released);
   module.def("sep_stage_backward", &sep_stage_backward_at, "x..., g..., z..., dv...", released);
   module.def("mixing_buffer", &mixing_buffer, "Doubles of buffer that one of the following needs.");
-  module.def("mixing", &mixing_at, "x..., z...; sums, then workspace.", released);
+  module.def("mixing", &mixing_at, "x..., z...; sums, then workspace; rows of a table or None.",
+             released);
   module.def("mixing_backward", &mixing_backward_at, "x..., g..., z..., dv...", released);
 }
 

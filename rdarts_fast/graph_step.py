@@ -30,6 +30,7 @@ from rdarts_fast import training
 from rdarts_fast.config import SearchConfig
 from rdarts_fast.draws import Draws, new_clock, set_clock
 from rdarts_fast.metrics import Outcome
+from rdarts_fast.recording import CudaGraphs, Recorder
 from rdarts_fast.run_dir import RunDir
 from rdarts_fast.search_state import SearchState
 from rdarts_fast.tasks import Task
@@ -239,39 +240,6 @@ class StaticSteps:
 
     def _forget(self) -> None:
         """The state's tensors are others now."""
-
-
-class Recorder(Protocol):
-    """What records a function of nothing, on memory that stays where it is."""
-
-    def prepare(self, function: Callable[[], None]) -> None:
-        """Run the function, for the first time."""
-
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Return what runs the function from now on; it does not run yet."""
-
-
-class CudaGraphs:
-    """CUDA graphs on a device. They share memory, in which none leaves anything for another."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._memory = device, torch.cuda.graph_pool_handle()
-
-    def prepare(self, function: Callable[[], None]) -> None:
-        # On a stream of its own, as recording is: what autograd keeps of a parameter's stream must
-        # not be the default one.
-        with torch.cuda.device(self._device):
-            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):
-                function()
-            here.wait_stream(aside)
-
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._memory):
-            function()
-        return graph.replay
 
 
 class RecordedSteps(StaticSteps):

@@ -120,8 +120,19 @@ def place(device: torch.device) -> Any:
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         stream = torch.cuda.current_stream(index).cuda_stream
-        return extension.Place(cpu_unit(), device=index, stream=stream)
+        # A graph's are made before it: memory that it made would be zeros only when it is replayed.
+        counters = _counters(index, None)
+        if not torch.cuda.is_current_stream_capturing():
+            counters = _counters(index, stream)
+        address = counters.data_ptr()
+        return extension.Place(cpu_unit(), device=index, stream=stream, counters=address)
     return _cpu_place(extension, os.environ.get("RDARTS_CPU", ""), torch.get_num_threads())
+
+
+@functools.cache
+def _counters(index: int, stream: int | None) -> Tensor:
+    """Return what tells the last block of a launch on that stream; None: in any recorded graph."""
+    return torch.zeros(extension.COUNTERS, dtype=torch.int32, device=torch.device("cuda", index))
 
 
 @functools.lru_cache

@@ -1,5 +1,7 @@
 """A small supernet whose Hessian can be computed in several ways."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,7 +48,7 @@ class Net:
         with bilevel.unchanged(buffers), bilevel.frozen(parameters):
             return hessian(HessianOperator(self.loss, self.alphas))
 
-    def operator(self, draws: Draws = Draws(7), **more: int) -> SupernetHessian | HessianOperator:  # noqa: B008
+    def operator(self, draws: Draws = Draws(7), **more: Any) -> SupernetHessian | HessianOperator:  # noqa: B008
         alphas = dict(zip(("normal", "reduce"), self.alphas, strict=True))
         return self.supernet.hessian_operator(alphas, self.images, self.labels, draws, **more)
 

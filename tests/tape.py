@@ -131,7 +131,7 @@ def noting(tape: Tape) -> Iterator[None]:
 
 
 class Tapes:
-    """A Recorder (rdarts_fast.graph_step) of tapes."""
+    """A Recorder (rdarts_fast.recording) of tapes."""
 
     def __init__(self) -> None:
         self.known: dict[int, Tensor] = {}  # kept alive: no other tensor has their place

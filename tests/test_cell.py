@@ -93,17 +93,21 @@ def test_frozen_weights_cost_no_gradient_and_change_no_other(space: str, monkeyp
 
 
 def test_one_launch_a_source_and_kind() -> None:
-    """On a GPU the edges of a kind that leave a state share a launch, whatever their number."""
+    """On a GPU the edges of a kind that leave a state, or either input, share a launch, whatever
+    their number.
+    """
     net = Supernet(space_of("sep_conv_3x3", "dil_conv_5x5", nodes=4), channels=2, layers=1).double()
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     with on_host():
         net(images, softmax_weights(net.initial_alphas(1)), Draws(5))
         found = counts()
-    # 5 states that edges leave, 3 stages on each (each with the sum of its partial sums); 4 nodes
-    # and 2 preprocessed inputs.
-    assert found["sep_stage"].launches == 2 * 5 * 3
-    assert found["mixing"].launches == 2 * 2
-    assert found["term_coefficients"].launches == 4 + 2
+    # The inputs and 3 nodes that edges leave, 3 stages on each, whose sums and batch norms their
+    # own launches fill; 4 nodes and 2 preprocessed inputs, which make their own coefficients.
+    assert found["sep_stage"].launches == 4 * 3
+    assert found["mixing"].launches == 2
+    assert found["node_sum"].launches == 4 + 2 + 1  # and the stem
+    assert found["normalize"].launches == 1  # the stem's
+    assert "term_coefficients" not in found
 
 
 def test_cells_that_only_the_composed_path_can_compute() -> None:

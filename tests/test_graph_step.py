@@ -16,6 +16,7 @@ from rdarts_fast.graph_step import GRAPH, PLAIN, RecordedSteps, StaticSteps
 from rdarts_fast.run_dir import Run
 from rdarts_fast.search import run_search
 from rdarts_fast.search_state import SearchState
+from rdarts_fast.tasks import classification
 from rdarts_fast.tasks.classification import Classification
 from tests.host_cuda import counts, on_host
 from tests.small import settings
@@ -215,6 +216,15 @@ def test_steps_are_recorded_on_a_gpu_where_shapes_are_fixed(tmp_path, monkeypatc
     assert graph_step.kind(SearchConfig(graph=False), task, gpu) == PLAIN
     monkeypatch.setattr(Classification, "fixed_shapes", False)
     assert graph_step.kind(chosen, task, gpu) == PLAIN
+
+
+def test_products_are_recorded_on_a_gpu_but_not_with_no_graph(monkeypatch) -> None:
+    monkeypatch.setattr(classification, "CudaGraphs", lambda device: device)
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    recorder_for: Any = classification.recorder_for
+    assert recorder_for(SearchConfig(), gpu) == gpu
+    assert recorder_for(SearchConfig(), cpu) is None
+    assert recorder_for(SearchConfig(graph=False), gpu) is None
 
 
 def test_a_run_says_how_its_steps_were_taken(tmp_path, capsys) -> None:

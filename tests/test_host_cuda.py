@@ -50,6 +50,7 @@ RIGHT: dict[str, tuple[int, int, Callable[[Tensor], Tensor]]] = {
     "part_of_a_warp": (16, 16, lambda x: x + x.view(8, 2).flip(1).view(16)),
     "half_a_block": (16, 16, lambda x: (x > 0).sum().float().expand(16)),
     "absent_lane": (16, 16, lambda x: x.roll(-1)),
+    "last_block": (8, 10, lambda x: torch.cat([x.double().sum().float().view(1), x, x[:1] * 0])),
     "first_come": (
         32,
         32,
@@ -106,6 +107,10 @@ SAID = {
         rf"block \({block},0,0\): .*write-after-read race: write of index {block} of a Span of 6 "
         r"after the read by a thread of another block at between_blocks.cu:\d+"
         for block in (1, 4)
+    ],
+    "last_block": [
+        r"read-after-write race: read of index [15] of a Span of 10 after the write by a thread of "
+        r"another block at last_block.cu:\d+"
     ],
     "early_return": [
         r"^early_return, block \(0,0,0\): divergent barrier: thread \(0,0,0\) waits in "

@@ -31,6 +31,7 @@ FLOORS = [
         "events",
         "ray_session",
         "gpu_slots",
+        "recording",
     ],
     ["genotype", "regularisation", "config_language", "config_disparity"],
     ["networks", "run_dir", "oracle", "sampling", "config_sources"],

@@ -3,6 +3,7 @@ twice and against the dense matrix.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rdarts_fast.networks.operations import FactorizedReduce, dil_conv
 from rdarts_fast.networks.tangent import Gathered, Step, steps_of
 from rdarts_fast.spaces import Space
 from tests.small_hessian import ALL, DOUBLE, SPACES, Net
+from tests.tape import Tapes
 
 
 def directions(size: int) -> Tensor:
@@ -31,7 +33,7 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None
     assert float((got - expected).abs().max()) < tolerance * size
 
 
-def operator_of(net: Net, **more: int) -> SupernetHessian:
+def operator_of(net: Net, **more: Any) -> SupernetHessian:
     operator = net.operator(**more)
     assert isinstance(operator, SupernetHessian)
     return operator
@@ -115,6 +117,34 @@ def test_a_product_leaves_nothing_behind() -> None:
     assert all(torch.equal(state[k], x) for k, x in net.supernet.state_dict().items())
     parameters = [*net.supernet.parameters(), *net.alphas]
     assert all(p.requires_grad and p.grad is None for p in parameters)
+
+
+@pytest.mark.parametrize("space", SPACES, ids=lambda s: getattr(s, "name", s))
+def test_recorded_products_are_the_same(space: Space | str) -> None:
+    """Replaying runs none of the product's Python, and waits for no value; so nothing hangs on the
+    vector but numbers.
+    """
+    net, recorder = Net(space, "fused"), Tapes()
+    operator, plain = operator_of(net, recorder=recorder), operator_of(net)
+    v = directions(operator.shape[0])
+    columns = [*v.t(), torch.zeros_like(v[:, 0]), v[:, 0]]
+    got = [operator @ column for column in columns]
+    assert recorder.counts == {"prepared": 1, "recorded": 1, "replayed": len(columns) - 2}
+    assert all(torch.equal(a, plain @ b) for a, b in zip(got, columns, strict=True))
+    assert torch.equal(got[0], got[-1]) and got[0].data_ptr() != got[-1].data_ptr()
+    assert torch.equal(operator @ v, plain @ v)  # of several: as it is
+    assert recorder.counts["replayed"] == len(columns) - 2
+
+
+def test_lambda_max_by_recorded_products() -> None:
+    net, recorder = Net("s3", "fused"), Tapes()
+    null = softmax_null_space([(alpha.shape[0], alpha.shape[1]) for alpha in net.alphas])
+    one, other = (
+        top_eigenvalue(Products(operator_of(net, **more)), null_space=null)
+        for more in ({}, {"recorder": recorder})
+    )
+    assert other.value == one.value and torch.equal(other.vector, one.vector)
+    assert recorder.counts["replayed"] == other.products - 2 > 1
 
 
 class Products:

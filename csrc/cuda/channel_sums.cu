@@ -3,6 +3,8 @@
 //   node_sum_dq    sum f g (z_k - pivot),  sum f g,  sum f_j g N(0, 1)
 #include <algorithm>
 
+#include "cell.h"
+#include "last.h"
 #include "launch.h"
 #include "launchers.h"
 #include "normalization.h"
@@ -78,24 +80,47 @@ struct ProductViews {
   int inputs;
   Span<const double> pivot;  // [K, C] or null
   Span<const Sum> factors;   // [K, N] or null
-  Span<double> partial;      // [2, K, C, parts]
+  Span<double> partial, sums;  // [2, K, C, parts] and [2, K, C]
+  TermGradients terms;         // of no inputs: none to be filled
+  Span<uint32_t> counters;
 };
 
 // Inputs that a block sums at once, so that g is read as rarely as registers allow.
 template <typename Tile>
 constexpr int kTogether = Tile::kLanes == 8 ? 2 : 4;
 
-// One block per part of a group of channels of a few inputs.
+// Adds the parts of inputs [first, end), and fills their rows of a cell's table where it is to. No
+// two terms share a weight.
+template <typename T, typename Sum>
+__device__ void finish_products(const ProductViews<T, Sum>& a, int first, int end) {
+  __shared__ Shared<double, kThreads> shared;
+  const int64_t channels = a.walk.channels, plane = a.inputs * channels;
+  for (int half = 0; half < 2; ++half) {
+    const int64_t from = half * plane + first * channels;
+    add_parts(a.partial, a.split.parts, from, from + (end - first) * channels, a.sums);
+  }
+  if (a.terms.terms.inputs == 0) return;
+  __syncthreads();
+  Sum* const dweights = static_cast<Sum*>(a.terms.dweights);
+  for (int k = first; k < end; ++k) {
+    double along[1] = {0};
+    for (int64_t c = threadIdx.x; c < channels; c += kThreads) {
+      along[0] += term_gradients_at<Sum>(a.terms, k, c);
+    }
+    add_rows(along, Split{1, kThreads, 0, 0, 0}, shared);
+    if (dweights && threadIdx.x == 0) dweights[a.terms.terms.weight[k]] = static_cast<Sum>(along[0]);
+  }
+}
+
+// The products of a few inputs with g.
 template <typename Tile, typename Index, typename T = typename Tile::Type,
           typename Sum = typename Tile::Sum>
-__global__ void __launch_bounds__(kThreads, 1)
-node_sum_dq_kernel(const __grid_constant__ ProductViews<T, Sum> a) {
+__device__ __forceinline__ void make_products(const ProductViews<T, Sum>& a, int k) {
   constexpr int count = kSums<Tile>, together = kTogether<Tile>;
   __shared__ Shared<double, 2 * count * kThreads> shared;
   const Walk& walk = a.walk;
   const Split& split = a.split;
   const Share<Tile> share(split, walk);
-  const int k = static_cast<int>(blockIdx.y) * together;
   Sum pivot[together][count] = {}, product[together][count] = {}, plain[together][count] = {};
   if (share.active) {
 #pragma unroll
@@ -145,18 +170,39 @@ node_sum_dq_kernel(const __grid_constant__ ProductViews<T, Sum> a) {
   }
 }
 
+// One block per part of a group of channels of a few inputs.
+template <typename Tile, typename Index, typename T = typename Tile::Type,
+          typename Sum = typename Tile::Sum>
+__global__ void __launch_bounds__(kThreads, 1)
+node_sum_dq_kernel(const __grid_constant__ ProductViews<T, Sum> a) {
+  const int k = static_cast<int>(blockIdx.y) * kTogether<Tile>;
+  make_products<Tile, Index>(a, k);
+  if (comes_last(a.counters, blockIdx.y, gridDim.x)) {
+    finish_products(a, k, min(k + kTogether<Tile>, a.inputs));
+  }
+}
+
 constexpr unsigned kTiles = 4;  // a thread
 
 int64_t drawn_parts(int64_t tiles) {
   return std::max<int64_t>(1, (tiles + kThreads * kTiles - 1) / (kThreads * kTiles));
 }
 
+template <typename Sum>
+struct DrawnSums {
+  Span<double> partial, sums;  // [J, parts] and [J]
+  Sum* dweights;               // [E, O] or null
+  uint16_t weight[kMostInputs];
+  Span<uint32_t> counters;
+};
+
 // One block per part of the tiles of a site.
 template <typename Tile, typename Index, typename T = typename Tile::Type,
           typename Sum = typename Tile::Sum>
 __global__ void __launch_bounds__(kThreads, 1)
 drawn_sums_kernel(View<const T> g, const Walk walk, Index tiles,
-                  const __grid_constant__ Sites<Sum> drawn, Span<double> partial /* [J, parts] */) {
+                  const __grid_constant__ Sites<Sum> drawn,
+                  const __grid_constant__ DrawnSums<Sum> a) {
   __shared__ Shared<double, kThreads> shared;
   const int j = static_cast<int>(blockIdx.y);
   const PhiloxStart start = drawn.start_of(j);
@@ -176,22 +222,31 @@ drawn_sums_kernel(View<const T> g, const Walk walk, Index tiles,
   }
   double sums[1] = {sum};
   add_rows(sums, Split{1, kThreads, 0, 0, 0}, shared);
-  if (threadIdx.x == 0) partial[static_cast<int64_t>(j) * gridDim.x + blockIdx.x] = sums[0];
+  if (threadIdx.x == 0) a.partial[static_cast<int64_t>(j) * gridDim.x + blockIdx.x] = sums[0];
+  if (!comes_last(a.counters, j, gridDim.x)) return;
+  add_parts(a.partial, gridDim.x, j, j + 1, a.sums);
+  if (a.dweights && threadIdx.x == 0) a.dweights[a.weight[j]] = static_cast<Sum>(double(a.sums[j]));
 }
 
 template <typename Tile>
 void drawn_sums(const NodeSumDq& a, const Walk& walk, double* workspace, const Place& place) {
   using T = typename Tile::Type;
   const int64_t tiles = tiles_of<Tile>(walk), parts = drawn_parts(tiles);
-  const Span<double> partial = partial_of(a.drawn_sums, workspace, a.drawn.count, parts);
+  using Sum = typename Tile::Sum;
+  DrawnSums<Sum> sums = {};
+  sums.partial = {workspace, a.drawn.count * parts}, sums.sums = {a.drawn_sums, a.drawn.count};
+  sums.counters = counters_of(place);
+  if (a.terms && a.terms->dweights) {
+    sums.dweights = static_cast<Sum*>(a.terms->dweights);
+    std::copy_n(a.terms->drawn_weight, a.drawn.count, sums.weight);
+  }
   const dim3 blocks = blocks_of(parts, a.drawn.count);
   const auto start = [&](auto kernel) {
     launch("node_sum_dq", kernel, Grid{blocks, kThreads}, place, view_of<const T>(a.g, walk), walk,
-           tiles, sites_of<typename Tile::Sum>(a.drawn, walk.samples), partial);
+           tiles, sites_of<Sum>(a.drawn, walk.samples), sums);
   };
   if (tiles <= kMost32) start(drawn_sums_kernel<Tile, uint32_t>);
   else start(drawn_sums_kernel<Tile, uint64_t>);
-  combine("node_sum_dq", partial, parts, {a.drawn_sums, a.drawn.count}, place);
 }
 
 // One thread per channel of an input.
@@ -225,7 +280,7 @@ namespace cuda {
 int64_t workspace(const int64_t* shape, int inputs, int sites) {
   const int64_t positions = shape[0] * shape[2] * shape[3], channels = shape[1];
   const int64_t least = static_cast<int64_t>(kThreads) / kMostColumns * kRun;
-  return 2 * inputs * channels * ((positions + least - 1) / least) +
+  return 2 * inputs * channels * std::max<int64_t>(1, (positions + least - 1) / least) +
          sites * drawn_parts(positions * channels);
 }
 
@@ -268,15 +323,16 @@ void node_sum_dq(const NodeSumDq& a, const Place& place) {
     views.pivot = coefficients<double>(a.pivot, plane);
     views.factors = coefficients<Sum>(a.factors, a.inputs * walk.samples);
     const Split& split = views.split;
-    views.partial = partial_of(a.sums, a.workspace, 2 * plane, split.parts);
-    used = split.parts == 1 ? 0 : views.partial.size;
+    views.partial = {a.workspace, 2 * plane * split.parts}, views.sums = {a.sums, 2 * plane};
+    used = views.partial.size;
+    views.counters = counters_of(place);
+    if (a.terms) views.terms = *a.terms;
     const int together = kTogether<Tile>;
     const int64_t rows = (a.inputs + together - 1) / together;
     const dim3 blocks = blocks_of(split.groups * split.parts, rows);
     const auto kernel = split.positions <= kMost32 ? node_sum_dq_kernel<Tile, uint32_t>
                                                    : node_sum_dq_kernel<Tile, uint64_t>;
     launch("node_sum_dq", kernel, Grid{blocks, kThreads}, place, views);
-    combine("node_sum_dq", views.partial, split.parts, {a.sums, 2 * plane}, place);
   });
   if (a.drawn.count == 0) return;
   const Layout drawn = layout_of({a.g}, true);

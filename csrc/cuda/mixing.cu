@@ -7,7 +7,7 @@ namespace rdarts {
 namespace {
 
 constexpr int kMostMixed = 64;    // sources
-constexpr int kEdgesForward = 8;  // a launch: what its parameters hold beside the sources
+constexpr int kEdgesForward = 6;  // a launch: what its parameters hold beside the sources
 
 template <typename T>
 struct ForwardViews {
@@ -17,18 +17,16 @@ struct ForwardViews {
   Span<const SumOf<T>> weights[kEdgesForward][2];  // [O of the half, M C]
   Span<T> z[kEdgesForward];
   bool whole;
-  int64_t first, edges;  // of the launch, of all
-  Span<double> partial;  // [3, G, O, parts]
+  FinishedSums<SumOf<T>, kEdgesForward> sums;
 };
 
-// One block per tile of a sample, block of channels of a half, and edge.
+// z of edge e on a block's tile, and its sums.
 template <typename T>
-__global__ void __launch_bounds__(kStageThreads, 1)
-mixing_kernel(const __grid_constant__ ForwardViews<T> a) {
+__device__ __forceinline__ void make_tile(const ForwardViews<T>& a, int e) {
   using Sum = SumOf<T>;
   const Tiling& t = a.tiling;
   const auto& s = a.sources;
-  const int e = static_cast<int>(blockIdx.z), half = blockIdx.y < a.halves.blocks[0] ? 0 : 1;
+  const int half = blockIdx.y < a.halves.blocks[0] ? 0 : 1;
   const Region region(t, blockIdx.x, blockIdx.y - half * a.halves.blocks[0]);
   SharedParts<Sum> memory;
   const SharedSpan<Sum> y = memory.take(t.slots() * (t.depth + kPad));
@@ -51,8 +49,17 @@ mixing_kernel(const __grid_constant__ ForwardViews<T> a) {
   }
   const int64_t parts = gridDim.x, first = a.halves.first[half] + region.channel;
   store_results(cell, t, region, a.z[e], t.of, first, live, a.whole);
-  sum_tile(cell, t, region, live, a.partial, a.edges * t.of * parts,
-           (a.first + e) * t.of + first, parts, blockIdx.x);
+  sum_tile(cell, t, region, live, a.sums.partial, a.sums.edges * t.of * parts,
+           (a.sums.first + e) * t.of + first, parts, blockIdx.x);
+}
+
+// One block per tile of a sample, block of channels of a half, and edge.
+template <typename T>
+__global__ void __launch_bounds__(kStageThreads, 1)
+mixing_kernel(const __grid_constant__ ForwardViews<T> a) {
+  const int e = static_cast<int>(blockIdx.z);
+  if (a.sums.parts > 0) make_tile(a, e);
+  if (comes_last(a.sums.counters, e, gridDim.x * gridDim.y)) a.sums.finish(e, a.tiling.of, a.tiling);
 }
 
 template <typename T>
@@ -60,18 +67,17 @@ void forward_of(const MixingForward& a, const Place& place) {
   using Sum = SumOf<T>;
   const Mixing& m = a.mixing;
   const Array& z = a.z[0];
-  const int64_t out = z.shape[1], size = m.edges * out;
+  const int64_t out = z.shape[1];
   ForwardViews<T> views = {};
   views.tiling = tiling_of_halves<Sum>(m, z.shape, shared_to_multiply);
   const Tiling& t = views.tiling;
-  const int64_t parts = z.shape[0] * t.tiles();
   views.sources = views_of<T, kMostMixed>(m, 0), views.halves = halves_of(m, out, t.channels);
-  views.partial = {a.workspace, 3 * size * parts}, views.edges = m.edges;
+  views.sums = finished_sums<Sum, kEdgesForward>(a, m.edges, t, place);
   views.whole = whole_rows(nullptr, views.halves.first[1]);
   for (int e = 0; e < m.edges; ++e) views.whole = views.whole && whole_rows(a.z[e].data, out);
   for (int first = 0; first < m.edges; first += kEdgesForward) {
     const int edges = std::min(kEdgesForward, m.edges - first);
-    views.first = first;
+    at_edges(views.sums, a.norms, first, edges);
     for (int e = 0; e < edges; ++e) {
       for (int half = 0; half < m.halves; ++half) {
         views.weights[e][half] = coefficients<Sum>(m.weights[(first + e) * m.halves + half],
@@ -79,11 +85,11 @@ void forward_of(const MixingForward& a, const Place& place) {
       }
       views.z[e] = {static_cast<T*>(a.z[first + e].data), elements_of(z)};
     }
-    const Grid grid = grid_of<Sum>(t, parts, views.halves.blocks[0] + views.halves.blocks[1],
+    const int64_t blocks = blocks_for(views.sums.parts);
+    const Grid grid = grid_of<Sum>(t, blocks, views.halves.blocks[0] + views.halves.blocks[1],
                                    edges, shared_to_multiply(t));
     launch("mixing", mixing_kernel<T>, grid, place, views);
   }
-  combine_moments("mixing", views.partial, t, parts, size, a.sums, place);
 }
 
 }  // namespace

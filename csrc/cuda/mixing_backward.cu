@@ -1,6 +1,6 @@
 // The backward of 1x1 convolutions below a ReLU (mixing.h): one kernel for dv, which sums over all
-// edges in registers and writes once, and one for the gradients of the weights, whose sums a second
-// launch adds in float64 and a fixed order.
+// edges in registers and writes once, and one for the gradients of the weights, whose sums the last
+// block of the few channels that they belong to adds in float64 and a fixed order.
 #include "launchers.h"
 #include "mixing_views.h"
 
@@ -105,9 +105,31 @@ struct GradientOfWeights {
   GradientViews<T, kEdgesBackward> gradient;
   Halves halves;
   int64_t items, each;                 // tiles of all samples, of a part
-  int64_t first_source, all, first_edge;  // of the launch, sources of all, of the launch
-  Span<SumOf<T>> partial;              // [G, parts, O, M C]
+  int64_t parts;
+  int64_t first_source, all;  // of the launch, sources of all
+  Span<SumOf<T>> partial;     // [edges, parts, O, M C]
+  Span<SumOf<T>> weights[kEdgesBackward][2];
+  Span<uint32_t> counters;
 };
+
+// Adds the parts' gradients of few channels of a source, whose column of the weights is given, and
+// of a block of channels of a half.
+template <typename T>
+__device__ __forceinline__ void finish_weights(const GradientOfWeights<T>& a, int e, int half,
+                                               int64_t out, int64_t column, int64_t channel) {
+  const Tiling& t = a.tiling;
+  const int64_t row = a.all * a.sources.channels, own = a.gradient.channels * row;
+  over(t.channels * t.depth, [&](int i) {
+    const int64_t o = out + i / t.depth, c = i % t.depth;
+    if (o >= a.halves.channels[half] || channel + c >= a.sources.channels) return;
+    const int64_t from = (a.halves.first[half] + o) * row + column + c;
+    double sum = 0;
+    for (int64_t part = 0; part < a.parts; ++part) {
+      sum += a.partial[(e * a.parts + part) * own + from];
+    }
+    a.weights[e][half][o * row + column + c] = static_cast<SumOf<T>>(sum);
+  });
+}
 
 // One block per part of the tiles, few channels of a source and a block of channels of a half, and
 // edge.
@@ -138,35 +160,16 @@ gradient_of_weights_kernel(const __grid_constant__ GradientOfWeights<T> a) {
     cell.add(dz, y, t);
   }
   const int64_t row = a.all * s.channels, own = a.gradient.channels * row;
-  const int64_t to = ((a.first_edge + e) * gridDim.x + blockIdx.x) * own;
+  const int64_t to = (e * a.parts + blockIdx.x) * own;
   const int64_t column = (a.first_source + source) * s.channels + channel;
-  cell.finish(t, [&](int i, int j, Sum sum) {
-    const bool live = out + i < a.halves.channels[half] && channel + j < s.channels;
-    if (live) a.partial[to + (first + i) * row + column + j] = sum;
-  });
-}
-
-template <typename Sum>
-struct WeightResults {
-  Span<Sum> weights[kEdgesBackward][2];
-  int64_t first, parts;
-  Span<const Sum> partial;  // [G, parts, both halves]
-};
-
-// Adds the parts' gradients; one thread per number of an edge.
-template <typename Sum>
-__global__ void __launch_bounds__(kStageThreads, 1)
-combine_weights_kernel(const __grid_constant__ WeightResults<Sum> a) {
-  const int e = static_cast<int>(blockIdx.y);
-  const int64_t half = a.weights[e][0].size, own = half + a.weights[e][1].size;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kStageThreads + threadIdx.x;
-  if (i >= own) return;
-  double sum = 0;
-  for (int64_t part = 0; part < a.parts; ++part) {
-    sum += a.partial[((a.first + e) * a.parts + part) * own + i];
+  if (a.parts > 0) {
+    cell.finish(t, [&](int i, int j, Sum sum) {
+      const bool live = out + i < a.halves.channels[half] && channel + j < s.channels;
+      if (live) a.partial[to + (first + i) * row + column + j] = sum;
+    });
   }
-  if (i < half) a.weights[e][0][i] = static_cast<Sum>(sum);
-  else a.weights[e][1][i - half] = static_cast<Sum>(sum);
+  const int64_t counter = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+  if (comes_last(a.counters, counter, gridDim.x)) finish_weights(a, e, half, out, column, channel);
 }
 
 // ---- On the host.
@@ -209,9 +212,18 @@ void gradient_of_sources(const MixingBackward& a, int source, int edge, const Pl
 struct WeightParts {
   int64_t items, each, count;
 
-  WeightParts(const Tiling& t, int64_t samples)
-      : items(samples * t.tiles()), each(parts_of(items, kMostWeightParts)),
-        count(each ? parts_of(items, each) : 0) {}
+  int64_t slices, blocks;  // of an edge: of the sources' channels, of those and of the halves
+
+  WeightParts(const Mixing& m, const int64_t* out_shape, const Tiling& t)
+      : items(out_shape[0] * t.tiles()) {
+    const Halves halves = halves_of(m, out_shape[1], t.channels);
+    slices = parts_of(m.x[0].shape[1], t.depth);
+    blocks = slices * (halves.blocks[0] + halves.blocks[1]);
+    const int64_t launch = std::min(m.sources, kSourcesBackward) * std::min(m.edges, kEdgesBackward);
+    const int64_t shallow = parts_of(m.x[0].shape[1], kLeastDepth) * (halves.blocks[0] + halves.blocks[1]);
+    each = most_a_part(items, kMostWeightParts, shallow * launch);
+    count = each ? parts_of(items, each) : 0;
+  }
 };
 
 template <typename T>
@@ -223,31 +235,24 @@ void gradient_of_weights(const MixingBackward& a, int source, int edge, const Pl
   views.sources = views_of<T, kSourcesBackward>(m, source);
   views.tiling = tiling_of_halves<Sum>(m, g.shape, shared_for_weights);
   const Tiling& t = views.tiling;
-  const WeightParts parts(t, g.shape[0]);
+  const WeightParts parts(m, g.shape, t);
   const int edges = std::min(kEdgesBackward, m.edges - edge);
   views.gradient = gradient_views<T, kEdgesBackward>(a, edge, edges);
   views.halves = halves_of(m, g.shape[1], t.channels);
   views.items = parts.items, views.each = parts.each;
-  views.first_source = source, views.all = m.sources, views.first_edge = edge;
-  const int64_t own = g.shape[1] * m.sources * views.sources.channels;
-  views.partial = {reinterpret_cast<Sum*>(a.workspace), m.edges * parts.count * own};
-  const int64_t blocks = views.halves.blocks[0] + views.halves.blocks[1];
-  const int64_t slices = parts_of(views.sources.channels, t.depth) * views.sources.sources;
-  const Grid grid = grid_of<Sum>(t, parts.count, slices * blocks, edges, shared_for_weights(t));
-  launch("mixing_backward", gradient_of_weights_kernel<T>, grid, place, views);
-  if (source + kSourcesBackward < m.sources) return;
-  WeightResults<Sum> results = {};
+  views.first_source = source, views.all = m.sources, views.parts = parts.count;
+  views.counters = counters_of(place);
+  const int64_t part = parts.count * g.shape[1] * m.sources * views.sources.channels;
+  views.partial = {reinterpret_cast<Sum*>(a.workspace) + edge * part, edges * part};
   for (int e = 0; e < edges; ++e) {
     for (int half = 0; half < m.halves; ++half) {
-      results.weights[e][half] = {static_cast<Sum*>(a.dweights[(edge + e) * m.halves + half]),
-                                  weights_of(m, g.shape[1], half)};
+      views.weights[e][half] = {static_cast<Sum*>(a.dweights[(edge + e) * m.halves + half]),
+                                weights_of(m, g.shape[1], half)};
     }
   }
-  results.first = edge, results.parts = parts.count;
-  results.partial = {views.partial.data, views.partial.size};
-  Grid combined = grid_of(own, kStageThreads);
-  combined.blocks.y = static_cast<unsigned>(edges);
-  launch("mixing_backward", combine_weights_kernel<Sum>, combined, place, results);
+  const Grid grid = grid_of<Sum>(t, blocks_for(parts.count), parts.blocks * views.sources.sources,
+                                 edges, shared_for_weights(t));
+  launch("mixing_backward", gradient_of_weights_kernel<T>, grid, place, views);
 }
 
 }  // namespace
@@ -259,7 +264,7 @@ int64_t mixing_workspace(const Mixing& m, const int64_t* out_shape, bool backwar
   const int64_t out = out_shape[1];
   const Tiling t = tiling_of_halves<double>(m, out_shape, shared_for_weights);
   if (!backward) return 3 * m.edges * out * out_shape[0] * t.tiles();
-  return m.edges * WeightParts(t, out_shape[0]).count * out * m.sources * m.x[0].shape[1];
+  return m.edges * WeightParts(m, out_shape, t).count * out * m.sources * m.x[0].shape[1];
 }
 
 void mixing_backward(const MixingBackward& a, const Place& place) {

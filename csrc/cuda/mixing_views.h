@@ -3,7 +3,7 @@
 #pragma once
 
 #include "mixing.h"
-#include "stage_tile.h"
+#include "tile_sums.h"
 
 namespace rdarts {
 
@@ -25,13 +25,17 @@ __device__ __forceinline__ void fill_sources(const SourceViews<T, most>& s, int 
                                              int64_t channel, const SharedSpan<Sum>& y) {
   const View<const T>& x = s.x[source];
   const bool inner = x.steps.channel == 1;
-  over_pixels(t.rows, t.columns, t.depth, inner, [&](int row, int column, int c) {
+  const auto line_of = [&](int c) {
+    const int64_t at = source * s.channels + channel + c;
+    return MapLine<Sum>(s.scale, s.shift, at, channel + c < s.channels);
+  };
+  over_pixels(t.rows, t.columns, t.depth, inner, line_of,
+              [&](int row, int column, int c, const MapLine<Sum>& line) {
     const int h = s.stride * (region.first_row + row) + half;
     const int w = s.stride * (region.first_column + column) + half;
     Sum value = 0;
     if (region.holds(row, column) && h < s.height && w < s.width && channel + c < s.channels) {
-      value = value_at(x, region.sample, h, w, channel + c);
-      value = relu(scaled(value, s.scale, s.shift, source * s.channels + channel + c));
+      value = relu(line.of(value_at(x, region.sample, h, w, channel + c)));
     }
     y[(row * t.columns + column) * (t.depth + kPad) + c] = value;
   });

@@ -4,6 +4,7 @@
 // Every tensor is read or written once, noise never leaves the registers.
 #include <algorithm>
 
+#include "cell.h"
 #include "launch.h"
 #include "launchers.h"
 #include "tile.h"
@@ -22,13 +23,35 @@ struct NodeSumViews {
   Span<const Sum> scale, shift;  // [K, C]
   Span<const Sum> factors;       // [K, N]
   Sites<Sum> drawn;
+  Terms terms;         // whose coefficients every block makes, where it is to
+  Span<double> pivot;  // [K, C]: their means
 };
 
-// One thread per tile.
-template <typename Tile, typename Index, typename T = typename Tile::Type,
+constexpr int64_t kMostShared = 16 * 1024;  // bytes of them
+
+// Scales [K, C], then shifts, in shared memory.
+template <typename T, typename Sum>
+__device__ __forceinline__ SharedSpan<Sum> make_coefficients(const NodeSumViews<T, Sum>& a) {
+  const int channels = static_cast<int>(a.walk.channels), plane = a.inputs * channels;
+  const SharedSpan<Sum> made = dynamic_shared<Sum>(2 * plane);
+  for (int i = static_cast<int>(threadIdx.x); i < plane; i += static_cast<int>(kThreads)) {
+    const int k = i / channels, c = i % channels;
+    const Statistics s = {mean_of(a.terms, k, c), rstd_of(a.terms, k, c)};
+    const MapOf<Sum> map(weight_of<Sum>(a.terms, k), s);
+    made[i] = map.scale, made[plane + i] = map.shift;
+    if (blockIdx.x == 0) a.pivot[i] = s.mean;
+  }
+  __syncthreads();
+  return made;
+}
+
+// One thread per tile. `makes`: whether the coefficients are made here.
+template <typename Tile, typename Index, bool makes, typename T = typename Tile::Type,
           typename Sum = typename Tile::Sum>
 __global__ void __launch_bounds__(kThreads, 1)
 node_sum_kernel(const __grid_constant__ NodeSumViews<T, Sum> a, Index tiles) {
+  SharedSpan<Sum> made;
+  if constexpr (makes) made = make_coefficients(a);
   const Index tile = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
   if (tile >= tiles) return;
   const Walk& walk = a.walk;
@@ -42,7 +65,12 @@ node_sum_kernel(const __grid_constant__ NodeSumViews<T, Sum> a, Index tiles) {
 #pragma unroll
     for (int i = 0; i < Tile::kLanes; ++i) {
       const int64_t c = k * walk.channels + spot.channel + (Tile::kInner ? i : 0);
-      const Sum scale = a.scale[c], shift = value_or(a.shift, c, Sum(0));
+      Sum scale, shift;
+      if constexpr (makes) {
+        scale = made[c], shift = made[a.inputs * walk.channels + c];
+      } else {
+        scale = a.scale[c], shift = value_or(a.shift, c, Sum(0));
+      }
 #pragma unroll
       for (int row = 0; row < Tile::kRows; ++row) {
         total[row][i] += factor * (scale * z[row][i] + shift);
@@ -125,6 +153,12 @@ void affine_of(const Affine& a, const Walk& walk, int first, int inputs, const P
   else launch("affine", affine_kernel<Tile, uint64_t>, grid, place, views, tiles);
 }
 
+// Whether every block makes the terms' coefficients: they fit, and no empty sum leaves them unmade.
+bool makes_here(const NodeSum& a, int64_t channels, int64_t tiles) {
+  const int64_t width = a.out.dtype == DType::kFloat64 ? 8 : 4;
+  return a.terms && tiles > 0 && 2 * a.inputs * channels * width <= kMostShared;
+}
+
 }  // namespace
 
 namespace cuda {
@@ -146,13 +180,20 @@ void node_sum(const NodeSum& a, const Place& place) {
     views.shift = coefficients<Sum>(a.shift, a.inputs * walk.channels);
     views.factors = coefficients<Sum>(a.factors, a.inputs * walk.samples);
     views.drawn = sites_of<Sum>(a.drawn, walk.samples);
-    const int64_t tiles = tiles_of<Tile>(walk);
-    const Grid grid = grid_of(tiles, kThreads);
-    if (tiles <= kMost32) {
-      launch("node_sum", node_sum_kernel<Tile, uint32_t>, grid, place, views, tiles);
-    } else {
-      launch("node_sum", node_sum_kernel<Tile, uint64_t>, grid, place, views, tiles);
+    const int64_t tiles = tiles_of<Tile>(walk), plane = a.inputs * walk.channels;
+    Grid grid = grid_of(tiles, kThreads);
+    const bool small = tiles <= kMost32;
+    const auto add = [&](auto kernel) { launch("node_sum", kernel, grid, place, views, tiles); };
+    if (makes_here(a, walk.channels, tiles)) {
+      views.terms = a.terms->terms, views.pivot = {a.terms->pivot, plane};
+      grid.shared = 2 * plane * sizeof(Sum);
+      if (small) add(node_sum_kernel<Tile, uint32_t, true>);
+      else add(node_sum_kernel<Tile, uint64_t, true>);
+      return;
     }
+    if (a.terms) term_coefficients(*a.terms, place);
+    if (small) add(node_sum_kernel<Tile, uint32_t, false>);
+    else add(node_sum_kernel<Tile, uint64_t, false>);
   });
 }
 

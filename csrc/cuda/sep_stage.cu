@@ -1,7 +1,7 @@
 // Half a separable convolution; what it computes stands in stage.h:
 //   z = pointwise (depthwise relu(scale x + shift)), with its sums per channel
 // One kernel, z the only tensor it writes. Sums go over a block's numbers in the type that sums
-// are held in, then, by a second launch, over blocks in float64 and a fixed order.
+// are held in, then, by an edge's last block, over blocks in float64 and a fixed order.
 #include "launchers.h"
 #include "stage_views.h"
 
@@ -31,8 +31,7 @@ struct ForwardViews {
   Span<const SumOf<T>> pointwise[kTogether];  // [O, C]
   Span<T> z[kTogether];
   bool whole;
-  int64_t first, edges;  // of the launch, of all
-  Span<double> partial;  // [3, G, O, parts]
+  FinishedSums<SumOf<T>, kTogether> sums;
 };
 
 // d[slots, depth] = the depthwise part on a tile, zeros outside of the region.
@@ -68,14 +67,12 @@ __device__ __forceinline__ void convolve(const SharedSpan<Sum>& y, const SharedS
   }
 }
 
-// One block per tile of a sample, block of channels of z, and edge.
+// z of edge e on a block's tile, and its sums.
 template <typename T, int K>
-__global__ void __launch_bounds__(kStageThreads, 1)
-sep_stage_kernel(const __grid_constant__ ForwardViews<T> a) {
+__device__ __forceinline__ void make_tile(const ForwardViews<T>& a, int e) {
   using Sum = SumOf<T>;
   const Tiling& t = a.tiling;
   const StageViews<T>& s = a.stage;
-  const int e = static_cast<int>(blockIdx.z);
   const Region region(t, blockIdx.x, blockIdx.y);
   const ForwardMemory<K> sizes(t, s.stride, s.dilation);
   SharedParts<Sum> memory;
@@ -101,8 +98,17 @@ sep_stage_kernel(const __grid_constant__ ForwardViews<T> a) {
   }
   const int64_t parts = gridDim.x, live = min(t.of - region.channel, int64_t{t.channels});
   store_results(cell, t, region, a.z[e], t.of, region.channel, live, a.whole);
-  sum_tile(cell, t, region, live, a.partial, a.edges * t.of * parts,
-           (a.first + e) * t.of + region.channel, parts, blockIdx.x);
+  sum_tile(cell, t, region, live, a.sums.partial, a.sums.edges * t.of * parts,
+           (a.sums.first + e) * t.of + region.channel, parts, blockIdx.x);
+}
+
+// One block per tile of a sample, block of channels of z, and edge.
+template <typename T, int K>
+__global__ void __launch_bounds__(kStageThreads, 1)
+sep_stage_kernel(const __grid_constant__ ForwardViews<T> a) {
+  const int e = static_cast<int>(blockIdx.z);
+  if (a.sums.parts > 0) make_tile<T, K>(a, e);
+  if (comes_last(a.sums.counters, e, gridDim.x * gridDim.y)) a.sums.finish(e, a.tiling.of, a.tiling);
 }
 
 // ---- On the host.
@@ -112,28 +118,28 @@ void forward_of(const StageForward& a, const Place& place) {
   using Sum = SumOf<T>;
   const Stage& s = a.stage;
   const Array& z = a.z[0];
-  const int64_t channels = s.x[0].shape[1], out = z.shape[1], size = s.edges * out;
+  const int64_t channels = s.x[0].shape[1], out = z.shape[1];
   const auto shared = [&](const Tiling& t) {
     return ForwardMemory<K>(t, s.stride, s.dilation).total();
   };
   ForwardViews<T> views = {};
   views.tiling = tiling_of<Sum>(z.shape[2], z.shape[3], out, channels, shared);
   const Tiling& t = views.tiling;
-  const int64_t parts = z.shape[0] * t.tiles();
-  views.partial = {a.workspace, 3 * size * parts}, views.edges = s.edges;
+  views.sums = finished_sums<Sum, kTogether>(a, s.edges, t, place);
+  const int64_t blocks = blocks_for(views.sums.parts);
   views.whole = true;
   for (int e = 0; e < s.edges; ++e) views.whole = views.whole && whole_rows(a.z[e].data, out);
   for (int first = 0; first < s.edges; first += kTogether) {
     const int edges = edges_of(s, first);
-    views.stage = views_of<T>(s, first), views.first = first;
+    views.stage = views_of<T>(s, first);
+    at_edges(views.sums, a.norms, first, edges);
     for (int e = 0; e < edges; ++e) {
       views.pointwise[e] = coefficients<Sum>(s.pointwise[first + e], out * channels);
       views.z[e] = {static_cast<T*>(a.z[first + e].data), elements_of(z)};
     }
-    const Grid grid = grid_of<Sum>(t, parts, parts_of(out, t.channels), edges, shared(t));
+    const Grid grid = grid_of<Sum>(t, blocks, parts_of(out, t.channels), edges, shared(t));
     launch("sep_stage", sep_stage_kernel<T, K>, grid, place, views);
   }
-  combine_moments("sep_stage", views.partial, t, parts, size, a.sums, place);
 }
 
 }  // namespace

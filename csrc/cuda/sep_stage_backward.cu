@@ -1,9 +1,9 @@
 // The backward of half a separable convolution (stage.h). Three kernels: dd, the gradient of the
 // depthwise result, which goes through memory; dv from it; the gradients of the weights from both,
-// with the depthwise result computed again. Sums are added as in sep_stage.cu.
+// with the depthwise result computed again. Sums are added as in sep_stage.cu, those of the weights'
+// gradients by the last block of the few channels that they belong to.
 #include "launchers.h"
-#include "stage_views.h"
-#include "sums.h"
+#include "stage_weights.h"
 
 namespace rdarts {
 namespace {
@@ -62,7 +62,11 @@ struct GradientOfV {
   // Edges that share dv stand side by side in `order`; a group ends where the next begins.
   unsigned char order[kTogether], begin[kTogether + 1];
   int64_t first, edges;  // of the launch, of all
-  Span<double> partial;  // [2, G, C, parts] or null
+  int64_t parts;         // tiles of all samples
+  Span<double> partial, sums;  // [2, G, C, parts] and [2, G, C], or null
+  Table table;                 // null where no rows are to be filled
+  int64_t row;                 // the first edge's
+  Span<uint32_t> counters;
 };
 
 // Numbers of dd below so many of v.
@@ -96,6 +100,7 @@ __device__ __forceinline__ void back_through_depthwise(const GradientOfV<T>& a, 
   const int c = static_cast<int>(threadIdx.x) % t.depth, lanes = kStageThreads / t.depth;
   const int half = s.stride - 1;  // a division by the stride is a shift, below zero too
   if (channel + c >= s.channels) return;
+  const MapLine<Sum> line(s.scale, s.shift, e * s.channels + channel + c, true);
   for (int slot = static_cast<int>(threadIdx.x) / t.depth; slot < t.slots(); slot += lanes) {
     const int row = slot / t.columns, column = slot % t.columns;
     if (!region.holds(row, column)) continue;
@@ -109,7 +114,7 @@ __device__ __forceinline__ void back_through_depthwise(const GradientOfV<T>& a, 
       value += Sum(taps[tap * t.depth + c]) * Sum(image[at * t.depth + c]);
     }
     const Sum x = value_at(s.x[e], region.sample, h, w, channel + c);
-    const Sum y = relu(scaled(x, s.scale, s.shift, e * s.channels + channel + c));
+    const Sum y = relu(line.of(x));
     if (y <= Sum(0)) value = 0;
     sum += value, product += value * y;
     if (!a.dv[e].data) continue;
@@ -134,15 +139,37 @@ __device__ void sum_back(const GradientOfV<T>& a, int e, int64_t channel, Sum su
   for (int i = c; i < kStageThreads; i += depth) {
     total += shared[thread / depth * kStageThreads + i];
   }
-  const int64_t parts = gridDim.x, row = (a.first + e) * s.channels + channel + c;
+  const int64_t parts = a.parts, row = (a.first + e) * s.channels + channel + c;
   const int64_t plane = a.edges * s.channels * parts;
   a.partial[thread / depth * plane + row * parts + blockIdx.x] = total;
 }
 
-// One block per tile of a sample, few channels, and group of edges that share dv.
+// Adds what sum_back has left of edge e, a warp a channel, and fills the edge's row of the table.
+template <typename T>
+__device__ void finish_back(const GradientOfV<T>& a, int e) {
+  const int64_t channels = a.stage.channels, plane = a.edges * channels;
+  const int lane = static_cast<int>(threadIdx.x) % warpSize;
+  for (int64_t c = threadIdx.x / warpSize; c < channels; c += kWarps) {
+    const int64_t i = (a.first + e) * channels + c;
+    double sum = 0, product = 0;
+    for (int64_t part = lane; part < a.parts; part += warpSize) {
+      sum += a.partial[i * a.parts + part];
+      product += a.partial[(plane + i) * a.parts + part];
+    }
+    for (int step = warpSize / 2; step > 0; step /= 2) {
+      sum += __shfl_down_sync(~0u, sum, step);
+      product += __shfl_down_sync(~0u, product, step);
+    }
+    if (lane > 0) continue;
+    a.sums[i] = sum, a.sums[plane + i] = product;
+    const int64_t to = a.row * channels + i;
+    if (a.table.by_g) fill_row<SumOf<T>>(a.table, to, true, 1.0, sum, product);
+  }
+}
+
+// dv of a block's tile.
 template <typename T, int K>
-__global__ void __launch_bounds__(kStageThreads, 1)
-gradient_of_v_kernel(const __grid_constant__ GradientOfV<T> a) {
+__device__ __forceinline__ void make_tile(const GradientOfV<T>& a) {
   using Sum = SumOf<T>;
   __shared__ Shared<Sum, 2 * kStageThreads> shared;
   const Tiling& t = a.tiling;
@@ -158,7 +185,9 @@ gradient_of_v_kernel(const __grid_constant__ GradientOfV<T> a) {
     const int e = a.order[i];
     __syncthreads();  // what the last edge left has been read
     fill_taps<K>(s.depthwise[e], s.channels, channel, t.depth, taps);
-    over_pixels(sizes.rows, sizes.columns, t.depth, true, [&](int row, int column, int c) {
+    const auto no_line = [](int) { return 0; };
+    over_pixels(sizes.rows, sizes.columns, t.depth, true, no_line,
+                [&](int row, int column, int c, int) {
       const int h = top + row, w = left + column;
       const int64_t pixel = ((e * a.samples + region.sample) * a.out_height + h) * a.out_width + w;
       const bool live = h >= 0 && h < a.out_height && w >= 0 && w < a.out_width &&
@@ -170,152 +199,29 @@ gradient_of_v_kernel(const __grid_constant__ GradientOfV<T> a) {
     Sum sum = 0, product = 0;
     back_through_depthwise<T, K>(a, e, region, channel, top, left, sizes, image, taps, sum,
                                  product);
-    if (a.partial.data) sum_back(a, e, channel, sum, product, shared);
+    if (a.sums.data) sum_back(a, e, channel, sum, product, shared);
   }
 }
 
-template <typename T>
-struct GradientOfWeights {
-  StageViews<T> stage;
-  Tiling tiling;  // of an image of z
-  GradientViews<T, kTogether> gradient;
-  Span<const SumOf<T>> dd;  // [edges, N, H', W', C]
-  int64_t items, each;      // tiles of all samples, of a part
-  int64_t first;            // of the launch's edges
-  Span<SumOf<T>> partial;   // [G, parts, C * K * K + O * C]
-};
-
-// Shared memory of gradient_of_weights_kernel, in numbers.
-template <int K>
-struct WeightMemory {
-  int columns, image, taps, d, dz;
-
-  RDARTS_METHOD WeightMemory(const Tiling& t, int stride, int dilation)
-      : columns(reach<K>(t.columns, stride, dilation)),
-        image(reach<K>(t.rows, stride, dilation) * columns * t.depth), taps(K * K * t.depth),
-        d(t.slots() * (t.depth + kPad)), dz(t.slots() * (t.channels + kPad)) {}
-  RDARTS_METHOD int total() const {
-    const int all = image + taps + d + dz;
-    return all < kResults ? kResults : all;
-  }
-};
-
-// d[slots, depth] as `convolve` makes it; dtaps += what the thread's channel gets of dd there.
-template <int K, typename T, typename Sum = SumOf<T>>
-__device__ __forceinline__ void convolve_and_collect(
-    const GradientOfWeights<T>& a, int e, const Region& region, int64_t channel,
-    const WeightMemory<K>& sizes, const SharedSpan<Sum>& y, const SharedSpan<Sum>& taps,
-    const SharedSpan<Sum>& d, Sum (&dtaps)[K * K]) {
-  const Tiling& t = a.tiling;
-  const StageViews<T>& s = a.stage;
-  const int c = static_cast<int>(threadIdx.x) % t.depth, lanes = kStageThreads / t.depth;
-  const int64_t samples = a.gradient.samples;
-  for (int slot = static_cast<int>(threadIdx.x) / t.depth; slot < t.slots(); slot += lanes) {
-    const int row = slot / t.columns, column = slot % t.columns;
-    Sum sum = 0;
-    if (region.holds(row, column) && channel + c < s.channels) {
-      const int h = region.first_row + row, w = region.first_column + column;
-      const int64_t pixel = ((e * samples + region.sample) * t.height + h) * t.width + w;
-      const Sum gradient = a.dd[pixel * s.channels + channel + c];
-      const int from = (row * sizes.columns + column) * s.stride * t.depth + c;
-#pragma unroll
-      for (int tap = 0; tap < K * K; ++tap) {
-        const int at = (tap / K * sizes.columns + tap % K) * s.dilation * t.depth;
-        const Sum value = y[from + at];
-        sum += Sum(taps[tap * t.depth + c]) * value;
-        dtaps[tap] += gradient * value;
-      }
-    }
-    d[slot * (t.depth + kPad) + c] = sum;
-  }
-}
-
-// Adds the threads' gradients of the taps and leaves them in `partial` from `to` on.
-template <int K, typename Sum>
-__device__ __forceinline__ void store_taps(const Sum (&dtaps)[K * K], const Tiling& t,
-                                           int64_t channels, int64_t channel,
-                                           const Span<Sum>& partial, int64_t to) {
-  constexpr int together = kCell * kCell;
-  const SharedSpan<Sum> shared = dynamic_shared<Sum>(kResults);
-#pragma unroll
-  for (int first = 0; first < K * K; first += together) {
-    __syncthreads();  // what lay there has been read
-#pragma unroll
-    for (int i = 0; i < together && first + i < K * K; ++i) {
-      shared[i * kStageThreads + static_cast<int>(threadIdx.x)] = dtaps[first + i];
-    }
-    __syncthreads();
-    const int count = K * K - first < together ? K * K - first : together;
-    over(count * t.depth, [&](int number) {
-      const int i = number / t.depth, c = number % t.depth;
-      if (channel + c >= channels) return;
-      Sum sum = 0;
-      for (int k = c; k < kStageThreads; k += t.depth) sum += shared[i * kStageThreads + k];
-      partial[to + (channel + c) * K * K + first + i] = sum;
-    });
-  }
+// One block per tile of a sample, few channels, and group of edges that share dv.
+template <typename T, int K>
+__global__ void __launch_bounds__(kStageThreads, 1)
+gradient_of_v_kernel(const __grid_constant__ GradientOfV<T> a) {
+  if (a.parts > 0) make_tile<T, K>(a);
+  if (!a.sums.data || !comes_last(a.counters, blockIdx.z, gridDim.x * gridDim.y)) return;
+  for (int i = a.begin[blockIdx.z]; i < a.begin[blockIdx.z + 1]; ++i) finish_back(a, a.order[i]);
 }
 
 // One block per part of the tiles, few channels of d and a block of channels of z, and edge.
 template <typename T, int K>
 __global__ void __launch_bounds__(kStageThreads, 1)
 gradient_of_weights_kernel(const __grid_constant__ GradientOfWeights<T> a) {
-  using Sum = SumOf<T>;
-  const Tiling& t = a.tiling;
-  const StageViews<T>& s = a.stage;
-  const int e = static_cast<int>(blockIdx.z);
-  const int64_t slices = (s.channels + t.depth - 1) / t.depth;
-  const int64_t channel = blockIdx.y % slices * t.depth, block = blockIdx.y / slices;
-  const WeightMemory<K> sizes(t, s.stride, s.dilation);
-  SharedParts<Sum> memory;
-  const SharedSpan<Sum> y = memory.take(sizes.image), taps = memory.take(sizes.taps);
-  const SharedSpan<Sum> d = memory.take(sizes.d), dz = memory.take(sizes.dz);
-  fill_taps<K>(s.depthwise[e], s.channels, channel, t.depth, taps);
-  OuterCell<Sum> cell(t);
-  Sum dtaps[K * K] = {};
-  const int64_t end = min((blockIdx.x + int64_t{1}) * a.each, a.items);
-  for (int64_t item = blockIdx.x * a.each; item < end; ++item) {
-    const Region region(t, item, block);
-    __syncthreads();  // the last tile has been read
-    fill_image(s, e, region.sample, channel, region.first_row * s.stride - s.pad,
-               region.first_column * s.stride - s.pad,
-               reach<K>(region.rows, s.stride, s.dilation), sizes.columns, t.depth, y);
-    fill_gradient(a.gradient, e, t, region, region.channel, t.channels, dz);
-    __syncthreads();
-    convolve_and_collect<K>(a, e, region, channel, sizes, y, taps, d, dtaps);
-    __syncthreads();
-    cell.add(dz, d, t);
-  }
-  const int64_t own = s.channels * K * K + t.of * s.channels;
-  const int64_t to = ((a.first + e) * gridDim.x + blockIdx.x) * own;
-  cell.finish(t, [&](int i, int j, Sum sum) {
-    const int64_t o = block * t.channels + i, c = channel + j;
-    if (o < t.of && c < s.channels) a.partial[to + s.channels * K * K + o * s.channels + c] = sum;
-  });
-  if (block == 0) store_taps<K>(dtaps, t, s.channels, channel, a.partial, to);
-}
-
-template <typename Sum>
-struct WeightResults {
-  Span<Sum> depthwise[kTogether], pointwise[kTogether];
-  int64_t first, parts;
-  Span<const Sum> partial;  // [G, parts, depthwise, pointwise]
-};
-
-// Adds the parts' gradients; one thread per number of an edge.
-template <typename Sum>
-__global__ void __launch_bounds__(kStageThreads, 1)
-combine_weights_kernel(const __grid_constant__ WeightResults<Sum> a) {
-  const int e = static_cast<int>(blockIdx.y);
-  const int64_t taps = a.depthwise[e].size, own = taps + a.pointwise[e].size;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kStageThreads + threadIdx.x;
-  if (i >= own) return;
-  double sum = 0;
-  for (int64_t part = 0; part < a.parts; ++part) {
-    sum += a.partial[((a.first + e) * a.parts + part) * own + i];
-  }
-  if (i < taps) a.depthwise[e][i] = static_cast<Sum>(sum);
-  else a.pointwise[e][i - taps] = static_cast<Sum>(sum);
+  const int e = static_cast<int>(blockIdx.z), depth = a.tiling.depth;
+  const int64_t slices = (a.stage.channels + depth - 1) / depth;
+  const int64_t channel = blockIdx.y % slices * depth, block = blockIdx.y / slices;
+  if (a.parts > 0) make_part<T, K>(a, e, channel, block);
+  const int64_t counter = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+  if (comes_last(a.counters, counter, gridDim.x)) finish_weights<K>(a, e, channel, block);
 }
 
 // ---- On the host.
@@ -341,12 +247,18 @@ struct BackwardPlan {
     });
     sum_parts = shape[0] * of_v.tiles();
     items = shape[0] * of_weights.tiles();
-    each = parts_of(items, kMostWeightParts);
+    const int64_t shallow = parts_of(channels, kLeastDepth) * parts_of(out, of_weights.channels);
+    each = most_a_part(items, kMostWeightParts, shallow * std::min(s.edges, kTogether));
     weight_parts = each ? parts_of(items, each) : 0;
     sums = 2 * s.edges * channels * sum_parts;
     dd = s.edges * shape[0] * height * width * channels;
     own = channels * K * K + out * channels;
     weights = s.edges * weight_parts * own;
+  }
+  // Blocks of a part of an edge.
+  int64_t weight_blocks(int64_t channels) const {
+    const Tiling& t = of_weights;
+    return parts_of(channels, t.depth) * parts_of(t.of, t.channels);
   }
   static int shared_of_d(const Tiling& t) {
     return t.slots() * (t.depth + kPad) + t.depth * t.channels;
@@ -375,16 +287,9 @@ class Backward {
       if (wants_v) gradient_of_v(first);
       if (a_.ddepthwise) gradient_of_weights(first);
     }
-    if (!a_.sums) return;
-    const int64_t size = 2 * s_.edges * s_.x[0].shape[1];
-    combine("sep_stage_backward", sums(), plan_.sum_parts, {a_.sums, size}, place_);
   }
 
  private:
-  Span<double> sums() const {
-    const int64_t size = 2 * s_.edges * s_.x[0].shape[1];
-    return partial_of(a_.sums, a_.workspace, size, plan_.sum_parts);
-  }
   Span<Sum> dd_of(int first) const {
     const int64_t one = plan_.dd / s_.edges;
     return {dd_ + first * one, edges_of(s_, first) * one};
@@ -418,13 +323,20 @@ class Backward {
     views.dd = read_dd(first), views.samples = a_.g[0].shape[0];
     views.out_height = static_cast<int>(a_.g[0].shape[2]);
     views.out_width = static_cast<int>(a_.g[0].shape[3]);
-    views.first = first, views.edges = s_.edges;
-    if (a_.sums) views.partial = sums();
+    views.first = first, views.edges = s_.edges, views.parts = plan_.sum_parts;
+    if (a_.sums) sum_to(views);
     const int groups = group(first, views);
     const BackMemory<K> sizes(t, s_.stride, s_.dilation);
-    const Grid grid = grid_of<Sum>(t, plan_.sum_parts, parts_of(channels, t.depth), groups,
-                                   sizes.image + sizes.taps);
+    const Grid grid = grid_of<Sum>(t, blocks_for(plan_.sum_parts), parts_of(channels, t.depth),
+                                   groups, sizes.image + sizes.taps);
     launch("sep_stage_backward", gradient_of_v_kernel<T, K>, grid, place_, views);
+  }
+
+  void sum_to(GradientOfV<T>& views) const {
+    const int64_t size = 2 * s_.edges * s_.x[0].shape[1];
+    views.sums = {a_.sums, size}, views.partial = {a_.workspace, size * plan_.sum_parts};
+    views.counters = counters_of(place_);
+    if (a_.rows) views.table = a_.rows->table, views.row = a_.rows->first;
   }
 
   // Sets dv and brings the edges that share one together, in their order; returns the groups.
@@ -462,21 +374,16 @@ class Backward {
     views.stage = views_of<T>(s_, first);
     views.gradient = gradient_views<T, kTogether>(a_, first, edges);
     views.dd = read_dd(first), views.items = plan_.items, views.each = plan_.each;
-    views.first = first, views.partial = weights_;
-    const int64_t blocks = parts_of(channels, t.depth) * parts_of(t.of, t.channels);
-    const Grid grid = grid_of<Sum>(t, plan_.weight_parts, blocks, edges,
+    const int64_t part = plan_.weight_parts * plan_.own;
+    views.parts = plan_.weight_parts, views.counters = counters_of(place_);
+    views.partial = {weights_.data + first * part, edges * part};
+    for (int e = 0; e < edges; ++e) {
+      views.depthwise[e] = {static_cast<Sum*>(a_.ddepthwise[first + e]), channels * K * K};
+      views.pointwise[e] = {static_cast<Sum*>(a_.dpointwise[first + e]), t.of * channels};
+    }
+    const Grid grid = grid_of<Sum>(t, blocks_for(views.parts), plan_.weight_blocks(channels), edges,
                                    WeightMemory<K>(t, s_.stride, s_.dilation).total());
     launch("sep_stage_backward", gradient_of_weights_kernel<T, K>, grid, place_, views);
-    WeightResults<Sum> results = {};
-    for (int e = 0; e < edges; ++e) {
-      results.depthwise[e] = {static_cast<Sum*>(a_.ddepthwise[first + e]), channels * K * K};
-      results.pointwise[e] = {static_cast<Sum*>(a_.dpointwise[first + e]), t.of * channels};
-    }
-    results.first = first, results.parts = plan_.weight_parts;
-    results.partial = {weights_.data, weights_.size};
-    Grid combined = grid_of(plan_.own, kStageThreads);
-    combined.blocks.y = static_cast<unsigned>(edges);
-    launch("sep_stage_backward", combine_weights_kernel<Sum>, combined, place_, results);
   }
 
   const StageBackward& a_;

@@ -18,6 +18,7 @@ constexpr int kResults = kStageThreads * kCell * kCell;       // of a block
 constexpr int kWarps = kStageThreads / 32;
 constexpr int kPad = 4;             // keeps rows of a tile out of one another's banks
 constexpr int kMostColumns = 16;    // of a tile
+constexpr int kLeastDepth = 4;
 constexpr int kSharedAim = 100 * 1024;  // bytes, so that a multiprocessor holds two blocks
 
 // Hands out the block's dynamic shared memory, part after part.
@@ -63,21 +64,39 @@ struct Region {
   __device__ bool holds(int row, int column) const { return row < rows && column < columns; }
 };
 
-// body(row, column, c) over rows x columns pixels and a power of two of channels, by all threads.
+// body(row, column, c, line) over rows x columns pixels and a power of two of channels, by all
+// threads; line is line_of(c), the coefficients of a channel, read once for all of a thread's pixels.
 // Neighbouring threads take what lies side by side in memory: channels where they are `inner`.
-template <typename Body>
+template <typename LineOf, typename Body>
 __device__ __forceinline__ void over_pixels(int rows, int columns, int channels, bool inner,
-                                            const Body& body) {
+                                            const LineOf& line_of, const Body& body) {
   const int thread = static_cast<int>(threadIdx.x);
   const int together = inner ? channels : 1, step = kStageThreads / together;
   const int down = step / columns, right = step % columns;
-  int row = thread / together / columns, column = thread / together % columns;
-  while (row < rows) {
-    for (int c = inner ? thread % channels : 0; c < channels; c += together) body(row, column, c);
-    row += down, column += right;
-    if (column >= columns) column -= columns, ++row;
+  for (int c = inner ? thread % channels : 0; c < channels; c += together) {
+    const auto line = line_of(c);
+    int row = thread / together / columns, column = thread / together % columns;
+    while (row < rows) {
+      body(row, column, c, line);
+      row += down, column += right;
+      if (column >= columns) column -= columns, ++row;
+    }
   }
 }
+
+// A channel's scale and shift, where a table has such.
+template <typename Sum>
+struct MapLine {
+  bool maps;
+  Sum scale, shift;
+
+  __device__ MapLine(const Span<const Sum>& scales, const Span<const Sum>& shifts, int64_t at,
+                     bool live)
+      : maps(scales.data != nullptr && live), scale(0), shift(0) {
+    if (maps) scale = scales[at], shift = shifts[at];
+  }
+  __device__ __forceinline__ Sum of(Sum x) const { return maps ? scale * x + shift : x; }
+};
 
 // body(i) for i in [0, count), by all threads.
 template <typename Body>
@@ -181,14 +200,25 @@ struct GradientViews {
   int64_t samples, channels;
   int height, width;
 
-  __device__ __forceinline__ Sum at(int e, int64_t sample, int row, int column, int64_t o) const {
+  // A channel's, for a sample.
+  struct Line {
+    Sum by_g, by_z, constant;
+  };
+
+  __device__ __forceinline__ Line line_of(int e, int64_t sample, int64_t o) const {
+    if (o >= channels) return {};
     const int64_t c = e * channels + o;
     const Sum factor = value_or(factors, e * samples + sample, Sum(1));
-    Sum value = value_at(g[e], sample, row, column, o) * (factor * value_or(by_g, c, Sum(1)));
-    value += value_or(constant, c, Sum(0));
+    return {factor * value_or(by_g, c, Sum(1)), value_or(by_z, c, Sum(0)),
+            value_or(constant, c, Sum(0))};
+  }
+
+  __device__ __forceinline__ Sum at(int e, int64_t sample, int row, int column, int64_t o,
+                                    const Line& line) const {
+    const Sum value = value_at(g[e], sample, row, column, o) * line.by_g + line.constant;
     if (!by_z.data) return value;
     const int64_t pixel = (sample * height + row) * width + column;
-    return value + by_z[c] * static_cast<Sum>(T(z[e][pixel * channels + o]));
+    return value + line.by_z * static_cast<Sum>(T(z[e][pixel * channels + o]));
   }
 };
 
@@ -219,87 +249,17 @@ template <typename T, int edges>
 __device__ __forceinline__ void fill_gradient(const GradientViews<T, edges>& gradient, int e,
                                               const Tiling& t, const Region& region, int64_t first,
                                               int channels, const SharedSpan<SumOf<T>>& dz) {
+  using Line = typename GradientViews<T, edges>::Line;
   const bool inner = gradient.g[e].steps.channel == 1;
-  over_pixels(t.rows, t.columns, channels, inner, [&](int row, int column, int o) {
+  const auto line_of = [&](int o) { return gradient.line_of(e, region.sample, first + o); };
+  over_pixels(t.rows, t.columns, channels, inner, line_of,
+              [&](int row, int column, int o, const Line& line) {
     const bool live = region.holds(row, column) && first + o < gradient.channels;
     dz[(row * t.columns + column) * (channels + kPad) + o] =
         live ? gradient.at(e, region.sample, region.first_row + row,
-                           region.first_column + column, first + o)
+                           region.first_column + column, first + o, line)
              : SumOf<T>(0);
   });
-}
-
-// Numbers of shared memory that sum_tile takes, from its beginning on.
-constexpr int kTileSums = 64 + 2 * kWarps * 64;
-
-// Adds the tile's results, less a pivot, over its pixels: the sums, those of their squares and the
-// pivots go to partial[i * plane + (row + channel) * parts + part], i = 0, 1, 2. The pivot is the
-// tile's first pixel. All threads call it; `live` is how many of the tile's channels there are.
-template <typename Sum>
-__device__ void sum_tile(const Cell<Sum>& cell, const Tiling& t, const Region& region, int64_t live,
-                         const Span<double>& partial, int64_t plane, int64_t row, int64_t parts,
-                         int64_t part) {
-  const SharedSpan<Sum> pivots = dynamic_shared<Sum>(64);
-  const SharedSpan<Sum> sums = dynamic_shared<Sum>(2 * kWarps * 64, 64 * sizeof(Sum));
-  const int thread = static_cast<int>(threadIdx.x), groups = t.channels / kCell;
-  __syncthreads();  // the tiles that lay there have been read
-  if (cell.pixel == 0) {
-#pragma unroll
-    for (int q = 0; q < kCell; ++q) pivots[cell.channel + q] = cell.value[0][q];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int q = 0; q < kCell; ++q) {
-    const Sum pivot = pivots[cell.channel + q];
-    Sum sum = 0, square = 0;
-#pragma unroll
-    for (int i = 0; i < kCell; ++i) {
-      const Sum value = cell.in(region, i) ? cell.value[i][q] - pivot : Sum(0);
-      sum += value, square += value * value;
-    }
-    for (int step = groups; step < 32; step *= 2) {
-      sum += __shfl_xor_sync(~0u, sum, step);
-      square += __shfl_xor_sync(~0u, square, step);
-    }
-    if (thread % 32 < groups) {
-      const int at = thread / 32 * t.channels + cell.channel + q;
-      sums[at] = sum, sums[kWarps * t.channels + at] = square;
-    }
-  }
-  __syncthreads();
-  if (thread >= live) return;
-  double sum = 0, square = 0;
-  for (int warp = 0; warp < kWarps; ++warp) {
-    sum += sums[warp * t.channels + thread];
-    square += sums[(kWarps + warp) * t.channels + thread];
-  }
-  const int64_t at = (row + thread) * parts + part;
-  partial[at] = sum, partial[plane + at] = square;
-  partial[2 * plane + at] = static_cast<Sum>(pivots[thread]);
-}
-
-// sums[3, size] from such parts, about the first one's pivot; one warp each.
-static __global__ void __launch_bounds__(kStageThreads, 1)
-combine_moments_kernel(Span<const double> partial /* [3, size, parts] */, const Tiling t,
-                       int64_t parts, int64_t size, Span<double> sums) {
-  const int lane = static_cast<int>(threadIdx.x) % warpSize;
-  const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / warpSize;
-  if (i >= size) return;
-  const int64_t plane = size * parts;
-  const double pivot = parts > 0 ? partial[2 * plane + i * parts] : 0.0;
-  double sum = 0, square = 0;
-  for (int64_t part = lane; part < parts; part += warpSize) {
-    const Region region(t, part, 0);
-    const double own = partial[i * parts + part], count = region.rows * region.columns;
-    const double by = partial[2 * plane + i * parts + part] - pivot;
-    sum += own + by * count;
-    square += partial[plane + i * parts + part] + by * (2 * own + by * count);
-  }
-  for (int step = warpSize / 2; step > 0; step /= 2) {
-    sum += __shfl_down_sync(~0u, sum, step);
-    square += __shfl_down_sync(~0u, square, step);
-  }
-  if (lane == 0) sums[i] = sum, sums[size + i] = square, sums[2 * size + i] = pivot;
 }
 
 // Gradients of weights: an outer product, tile channels x depth, summed along pixels. The threads
@@ -374,7 +334,7 @@ Tiling tiling_of(int64_t height, int64_t width, int64_t channels, int64_t along,
   const int64_t most = kResults / t.channels / t.columns;
   t.rows = static_cast<int>(std::clamp<int64_t>(height, 1, most));
   t.down = parts_of(height, t.rows);
-  for (t.depth = 16; t.depth > 4; t.depth /= 2) {
+  for (t.depth = 16; t.depth > kLeastDepth; t.depth /= 2) {
     if (along > t.depth / 2 && shared(t) * static_cast<int64_t>(sizeof(Sum)) <= kSharedAim) break;
   }
   return t;
@@ -418,13 +378,14 @@ GradientViews<T, most> gradient_views(const Arguments& a, int first, int edges) 
   return views;
 }
 
-// Fills sums[3, size] from what sum_tile has left.
-inline void combine_moments(const char* name, const Span<double>& partial, const Tiling& t,
-                            int64_t parts, int64_t size, double* sums, const Place& place) {
-  launch(name, combine_moments_kernel, grid_of(32 * size, kStageThreads), place,
-         Span<const double>{partial.data, partial.size}, t, parts, size,
-         Span<double>{sums, 3 * size});
+// Items of a part, for no more parts than `most`; one part where no counters are left to tell the
+// last of several. `blocks`: of a part, at the least depth, so that all types have the same parts.
+inline int64_t most_a_part(int64_t items, int64_t most, int64_t blocks) {
+  return parts_of(items, blocks <= kCounters ? most : 1);
 }
+
+// Blocks for so many parts, of which there is one where there is no part: it finishes.
+inline int64_t blocks_for(int64_t parts) { return std::max<int64_t>(1, parts); }
 
 // Whether every row of channels is whole vectors.
 inline bool whole_rows(const void* data, int64_t channels) {

@@ -3,11 +3,11 @@
 #pragma once
 
 #include "stage.h"
-#include "stage_tile.h"
+#include "tile_sums.h"
 
 namespace rdarts {
 
-constexpr int kTogether = 24;  // edges a launch: what its parameters hold
+constexpr int kTogether = 20;  // edges a launch: what its parameters hold
 
 // What the kernels see of x and of the depthwise part, for the edges of a launch.
 template <typename T>
@@ -34,15 +34,19 @@ __device__ __forceinline__ void fill_image(const StageViews<T>& s, int e, int64_
                                            int64_t channel, int top, int left, int rows,
                                            int columns, int depth, const SharedSpan<Sum>& y) {
   const View<const T>& x = s.x[e];
-  over_pixels(rows, columns, depth, x.steps.channel == 1, [&](int row, int column, int c) {
+  const auto line_of = [&](int c) {
+    const int64_t at = e * s.channels + channel + c;
+    return MapLine<Sum>(s.scale, s.shift, at, channel + c < s.channels);
+  };
+  over_pixels(rows, columns, depth, x.steps.channel == 1, line_of,
+              [&](int row, int column, int c, const MapLine<Sum>& line) {
     const int h = top + row, w = left + column;
     Sum value = 0;
     if (h >= 0 && h < s.height && w >= 0 && w < s.width && channel + c < s.channels) {
-      const int64_t at = e * s.channels + channel + c;
-      value = scaled(value_at(x, sample, h, w, channel + c), s.scale, s.shift, at);
+      value = line.of(value_at(x, sample, h, w, channel + c));
       if (s.gate.memory.data) {
         const Sum gate = value_at(s.gate, sample, h, w, channel + c);
-        if (s.by_gate.data) value += s.by_gate[at] * gate;
+        if (s.by_gate.data) value += s.by_gate[e * s.channels + channel + c] * gate;
         value = gate > Sum(0) ? value : Sum(0);
       } else {
         value = relu(value);

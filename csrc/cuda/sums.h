@@ -1,6 +1,6 @@
 // How the CUDA kernels sum per channel. A thread adds up to kRun numbers in the coefficients' type,
-// a block its threads' sums in float64; a second launch adds the blocks' sums in a fixed order. How
-// the work is split depends on the shapes and strides alone.
+// a block its threads' sums in float64; the last block (last.h), or a second launch, adds the
+// blocks' sums in a fixed order. How the work is split depends on the shapes and strides alone.
 #pragma once
 
 #include <algorithm>
@@ -98,6 +98,18 @@ __device__ __forceinline__ void accumulate(Sum (&sums)[kSums<Tile>],
 #pragma unroll
     for (int i = 1; i < Tile::kLanes; ++i) sum += values[i];
     sums[0] += sum;
+  }
+}
+
+// sums[i] = sum of partial[i, .] for i from `first` to `end`, a warp of the block each.
+__device__ __forceinline__ void add_parts(const Span<double>& partial, int64_t parts, int64_t first,
+                                          int64_t end, const Span<double>& sums) {
+  const int lane = static_cast<int>(threadIdx.x) % warpSize;
+  for (int64_t i = first + threadIdx.x / warpSize; i < end; i += kThreads / warpSize) {
+    double sum = 0;
+    for (int64_t part = lane; part < parts; part += warpSize) sum += partial[i * parts + part];
+    for (int step = warpSize / 2; step > 0; step /= 2) sum += __shfl_down_sync(~0u, sum, step);
+    if (lane == 0) sums[i] = sum;
   }
 }
 

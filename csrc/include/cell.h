@@ -35,8 +35,8 @@ struct Terms {
   Table table;
   int inputs;
   uint64_t normalised;  // bit k
-  int row[kMostInputs];
-  int weight[kMostInputs];
+  uint16_t row[kMostInputs];
+  uint16_t weight[kMostInputs];
   const void* weights;  // [E, O]; null for ones
 };
 
@@ -54,7 +54,7 @@ struct TermGradients {
   const double* sums;        // [2, K, C] of node_sum_dq about the means
   const double* drawn_sums;  // [J]
   int drawn;                 // J
-  int drawn_weight[kMostInputs];
+  uint16_t drawn_weight[kMostInputs];
   void* dweights;  // [E, O]; null: not wanted
 };
 
@@ -81,12 +81,11 @@ RDARTS_BODY double weight_of(const Terms& a, int k) {
 template <typename T>
 RDARTS_BODY void term_coefficients_at(const TermCoefficients& a, int k, int64_t c) {
   const int64_t i = k * a.terms.table.channels + c;
-  const double mean = mean_of(a.terms, k, c);
-  // The shift belongs to the rounded scale, so that a large mean does not show its rounding.
-  const T scale = static_cast<T>(weight_of<T>(a.terms, k) * rstd_of(a.terms, k, c));
-  a.pivot[i] = mean;
-  static_cast<T*>(a.scale)[i] = scale;
-  static_cast<T*>(a.shift)[i] = static_cast<T>(-scale * mean);
+  const Statistics s = {mean_of(a.terms, k, c), rstd_of(a.terms, k, c)};
+  const MapOf<T> map(weight_of<T>(a.terms, k), s);
+  a.pivot[i] = s.mean;
+  static_cast<T*>(a.scale)[i] = map.scale;
+  static_cast<T*>(a.shift)[i] = map.shift;
 }
 
 // The row of a tensor whose normalised value has the gradient weight * f g, given sum f g and

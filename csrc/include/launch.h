@@ -65,6 +65,7 @@ void start([[maybe_unused]] const char* name, void (*kernel)(Parameters...), con
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, const Place& place,
             Arguments... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= 4096, "what older toolkits let a kernel take");
   if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
   check_device(place.device);
   const DeviceGuard guard(place.device);

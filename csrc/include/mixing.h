@@ -27,6 +27,7 @@ struct MixingForward {
   const Array* z;  // [G], each [N, O, ceil(H / stride), ceil(W / stride)]
   double* sums;    // [3, G, O]: sum of (z - pivot), of its square, the pivots
   double* workspace;
+  const Normalization* norms = nullptr;  // of these sums: on a GPU the same launch fills them
 };
 
 // dv_m is the gradient of scale x_m + shift over all edges, 0 where that is <= 0.

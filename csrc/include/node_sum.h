@@ -12,6 +12,9 @@ namespace rdarts {
 
 constexpr int kMostInputs = 64;
 
+struct TermCoefficients;  // cell.h
+struct TermGradients;
+
 // sum_j factors[j, n] * weights[j] * N(0, 1) of site j at the logical index ((n C + c) H + h) W + w.
 struct Drawn {
   int count;
@@ -32,6 +35,8 @@ struct NodeSum {
   const void* shift;    // [K, C] or null
   const void* factors;  // [K, N] or null
   Drawn drawn;
+  // What fills scale and shift (cell.h): on a GPU the same launch, where they need not be there.
+  const TermCoefficients* terms = nullptr;
 };
 
 // out_k = factors[k, n] * by_g[k, c] * g + by_z[k, c] * z_k + constant[k, c]
@@ -66,6 +71,13 @@ struct NodeSumDq {
   double* sums;        // [2, K, C]
   double* drawn_sums;  // [J]
   double* workspace;
+  const TermGradients* terms = nullptr;  // of these sums: on a GPU the same launches fill them
+};
+
+struct NormRule {
+  double count;  // elements a channel
+  double eps, momentum;
+  bool training;
 };
 
 // Coefficients of the node sum from the sums of its normalised inputs, and what the backward needs.
@@ -73,9 +85,7 @@ struct Normalization {
   DType dtype;
   int inputs;
   int64_t channels;
-  double count;  // elements a channel
-  double eps, momentum;
-  bool training;
+  NormRule rule;
   uint64_t normalised;              // bit k
   const double* sums[kMostInputs];  // [3, C] of channel_sums, in training
   int64_t apart[kMostInputs];       // from one of the three to the next

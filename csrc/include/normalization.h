@@ -8,40 +8,65 @@
 
 namespace rdarts {
 
+struct Statistics {
+  double mean, rstd;
+};
+
+// A channel's running mean and variance, where there are such.
+template <typename T>
+struct RunningOf {
+  bool exist;
+  T mean, var;
+};
+
+// What a batch norm has of a channel, by its sums about a pivot, which move the running numbers; or,
+// not in training, by those.
+template <typename T>
+RDARTS_BODY Statistics statistics_of(const NormRule& rule, double sum, double square, double pivot,
+                                     RunningOf<T>& running) {
+  if (!rule.training) return {running.mean, 1 / std::sqrt(running.var + rule.eps)};
+  const double offset = sum / rule.count, mean = pivot + offset;
+  double var = square / rule.count - offset * offset;
+  if (var < 0) var = 0;
+  if (running.exist) {
+    const double old = 1 - rule.momentum, unbiased = var * (rule.count / (rule.count - 1));
+    running.mean = static_cast<T>(rule.momentum * mean + old * running.mean);
+    running.var = static_cast<T>(rule.momentum * unbiased + old * running.var);
+  }
+  return {mean, 1 / std::sqrt(var + rule.eps)};
+}
+
+// The shift belongs to the rounded scale, so that a large mean does not show its rounding.
+template <typename T>
+struct MapOf {
+  T scale, shift;
+
+  RDARTS_METHOD MapOf(double weight, const Statistics& s)
+      : scale(static_cast<T>(weight * s.rstd)), shift(static_cast<T>(-scale * s.mean)) {}
+};
+
 // Fills the statistics, the running buffers and the coefficients at (k, c).
 template <typename T>
 RDARTS_BODY void normalize_channel(const Normalization& a, int k, int64_t c) {
   const int64_t i = k * a.channels + c;
   const double weight = a.weights ? static_cast<const T*>(a.weights)[k] : T(1);
-  double mean = 0, rstd = 1;
+  Statistics s = {0, 1};
   if (a.normalised >> k & 1) {
     T* const running_mean = static_cast<T*>(a.running_mean[k]);
     T* const running_var = static_cast<T*>(a.running_var[k]);
-    double var;
-    if (a.training) {
-      const double* const sums = a.sums[k] + c;
-      const double offset = sums[0] / a.count;
-      mean = sums[2 * a.apart[k]] + offset;
-      var = sums[a.apart[k]] / a.count - offset * offset;
-      if (var < 0) var = 0;
-      if (running_mean) {
-        const double old = 1 - a.momentum, unbiased = var * (a.count / (a.count - 1));
-        running_mean[c] = static_cast<T>(a.momentum * mean + old * running_mean[c]);
-        running_var[c] = static_cast<T>(a.momentum * unbiased + old * running_var[c]);
-      }
-    } else {
-      mean = running_mean[c];
-      var = running_var[c];
-    }
-    rstd = 1 / std::sqrt(var + a.eps);
+    RunningOf<T> running = {running_mean != nullptr, T(0), T(0)};
+    if (running.exist) running.mean = running_mean[c], running.var = running_var[c];
+    double sums[3] = {};
+    for (int i = 0; a.rule.training && i < 3; ++i) sums[i] = a.sums[k][c + i * a.apart[k]];
+    s = statistics_of(a.rule, sums[0], sums[1], sums[2], running);
+    if (running.exist) running_mean[c] = running.mean, running_var[c] = running.var;
   }
-  a.mean[i] = mean;
-  a.rstd[i] = rstd;
+  a.mean[i] = s.mean;
+  a.rstd[i] = s.rstd;
   if (!a.scale) return;
-  // The shift belongs to the rounded scale, so that a large mean does not show its rounding.
-  const T scale = static_cast<T>(weight * rstd);
-  static_cast<T*>(a.scale)[i] = scale;
-  static_cast<T*>(a.shift)[i] = static_cast<T>(-scale * mean);
+  const MapOf<T> map(weight, s);
+  static_cast<T*>(a.scale)[i] = map.scale;
+  static_cast<T*>(a.shift)[i] = map.shift;
 }
 
 // What a normalised tensor's gradient has beside by_g f g, given sum f g and sum f g z^: by_z z +

@@ -11,6 +11,8 @@
 #include <cstdint>
 
 #include "array.h"
+#include "cell.h"
+#include "node_sum.h"
 
 namespace rdarts {
 
@@ -35,6 +37,7 @@ struct StageForward {
   double* sums;    // [3, G, O]: sum of (z - pivot), of its square, the pivots
   double* workspace;
   bool read_soon = true;  // else z need not stay in the CPU's cache
+  const Normalization* norms = nullptr;  // of these sums: on a GPU the same launch fills them
 };
 
 // The gradient of z_g, from that of what z_g enters:
@@ -58,6 +61,7 @@ struct StageBackward : GradientOfZ {
   void* const* ddepthwise;  // [G], like depthwise; null: the weights get no gradients
   void* const* dpointwise;  // [G], like pointwise
   double* workspace;
+  const RowGradients* rows = nullptr;  // of these sums: on a GPU the same launch fills them
 };
 
 }  // namespace rdarts

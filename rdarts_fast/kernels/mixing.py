@@ -89,8 +89,11 @@ def mixing_twin(sources: Sources) -> list[Tensor]:
     return results
 
 
-def launch_mixing(sources: Sources) -> tuple[list[Tensor], Tensor]:
-    """Return z and its sums about a pivot, of squares, and the pivots: [3, G, O], float64."""
+def launch_mixing(sources: Sources, rows: Any = None) -> tuple[list[Tensor], Tensor]:
+    """Return z and its sums about a pivot, of squares, and the pivots: [3, G, O], float64.
+
+    rows: those of a table that the sums fill as well, as NormTable.rows_at returns them.
+    """
     x, shape, edges = sources.x, sources.out_shape(), len(sources.weights)
     z = [array.empty(x[0], shape, torch.channels_last) for _ in sources.weights]
     buffer = _buffer(sources, backward=False)
@@ -105,6 +108,7 @@ def launch_mixing(sources: Sources) -> tuple[list[Tensor], Tensor]:
         array.address(sources.scale),
         array.address(sources.shift),
         buffer.data_ptr(),
+        rows,
         native.place(x[0].device),
     )
     return z, buffer[: 3 * edges * shape[1]].view(3, edges, shape[1])

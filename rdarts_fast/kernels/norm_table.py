@@ -72,12 +72,16 @@ class NormTable:
         self.gradients: Tensor | None = None
 
     @classmethod
-    def for_backward(cls, statistics: Tensor, like: Tensor, training: bool) -> NormTable:
-        """Return the table of a forward pass, with room for the gradients."""
+    def for_backward(
+        cls, statistics: Tensor, like: Tensor, training: bool, ones: Sequence[int] = ()
+    ) -> NormTable:
+        """Return the table of a forward pass, with room for the gradients; by_g of `ones` is 1."""
         table = cls(0, 0, like, training)
         table.statistics = statistics
         shape, dtype = (3, *statistics.shape[1:]), array.coefficient_dtype(like.dtype)
         table.gradients = torch.empty(shape, dtype=dtype, device=like.device)
+        if ones:
+            table.gradients[0].index_fill_(0, array.index_of(tuple(ones), like.device), 1.0)
         return table
 
     def fill(
@@ -104,6 +108,13 @@ class NormTable:
             rule,
             native.place(self.device),
         )
+
+    def rows_at(self, first: int, running: Sequence[Running], rule: tuple[float, float]) -> Any:
+        """Return what a launch that leaves sums takes to fill the rows of its tensors, from `first`
+        on: their buffers, eps and momentum.
+        """
+        buffers = [buffer.data_ptr() for pair in running for buffer in pair]
+        return self.address(), first, buffers, rule
 
     def node(
         self,

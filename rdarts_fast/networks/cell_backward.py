@@ -39,17 +39,29 @@ class CellBackward(CellPass):
         self.wants_inputs = [any(flags) for flags in of_inputs]
         self.wants_parameters = any(of_parameters)
         self.kept = kept
-        self.table = NormTable.for_backward(kept.table[0], self.like, self.training)
+        ones = self.plan.ones
+        self.table = NormTable.for_backward(kept.table[0], self.like, self.training, ones)
         self.ds: dict[int, Tensor] = {}  # the gradient of each state
         self.dparameters: list[Tensor | None] = [None] * len(self.parameters)
 
-    def compute(self, g: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return the gradients of the weights, the inputs' tensors and the parameters."""
-        dweights = torch.zeros_like(self.weights)
-        for node in reversed(range(len(self.plan.nodes))):
+    def compute(self, given: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return the gradients of the weights, the inputs' tensors and the parameters.
+
+        given: those of the nodes and, where the cell passes them on, of the second input's tensors;
+        to these it adds in place.
+        """
+        nodes = len(self.plan.nodes)
+        # In float32; by the setting, in bfloat16.
+        g = [None if one is None else _dense(one.to(self.like.dtype)) for one in given]
+        self.passed = g[nodes:]
+        dweights = (torch.empty_like if self.plan.weighs_all else torch.zeros_like)(self.weights)
+        for node in reversed(range(nodes)):
             found, state = self.plan.nodes[node], node + INPUTS
-            own = _dense(g[node].to(self.like.dtype))  # float32's in bfloat16, by the setting
-            self.ds[state] = self.gradient_of(state, own)
+            own = g[node]
+            if own is None:
+                z = self.kept.states[state]
+                own = torch.zeros_like(z, dtype=self.like.dtype)
+            self.gradients_of([state], own)
             self.table.node_backward(
                 self.ds[state],
                 [self.kept.z[row] for row in found.terms.rows],
@@ -60,6 +72,8 @@ class CellBackward(CellPass):
                 self.factors_of(found.edges),
                 self.drawn(node, self.kept.noise.get(state)),
             )
+        wanted = [i for i in range(INPUTS) if self.wants_inputs[i] or self.wants_parameters]
+        self.gradients_of(wanted, None)
         dinputs = [self.preprocess_backward(*pair) for pair in enumerate(self.plan.inputs)]
         return [dweights, *(dv for found in dinputs for dv in found), *self.dparameters]
 
@@ -67,11 +81,17 @@ class CellBackward(CellPass):
         """Return the gradients of an input's tensors."""
         tensors = self.inputs[i]
         dv: list[Tensor | None] = [None] * len(tensors)
+        adds = [False] * len(tensors)
         if self.wants_inputs[i]:
-            dv = [empty(x, x.shape, torch.channels_last) for x in tensors]
+            passed = self.passed if i == 1 and self.passed else [None] * len(tensors)
+            adds = [g is not None for g in passed]
+            dv = [
+                empty(x, x.shape, torch.channels_last) if g is None else _inner(g)
+                for x, g in zip(tensors, passed, strict=True)
+            ]
         elif not self.wants_parameters:
             return dv
-        ds, z = self.gradient_of(i, None), self.kept.z[i]
+        ds, z = self.ds[i], self.kept.z[i]
         self.table.node_backward(ds, [z], own_term(i), None, self.kept.means[i], None)
         weights = reduction.by_edge(self.parameters[reduction.parameters])
         dweights = launch_mixing_backward(
@@ -80,26 +100,28 @@ class CellBackward(CellPass):
             [z],
             self.table.affine(i, 1),
             dv,
-            [False] * len(dv),
+            adds,
             wants_weights=self.wants_parameters,
         )
         self.keep(dweights, reduction.parameters)
         return dv
 
-    def gradient_of(self, i: int, g: Tensor | None) -> Tensor:
-        """Return the gradient of state i: g, and what comes back along the edges that leave it."""
-        source, state = self.plan.sources[i], self.kept.states[i]
-        ds = self.plain(i, source, g)
-        adds = ds is not None
-        if ds is None:
-            ds = empty(state, state.shape, torch.channels_last)
-        for stages in source.stages:
-            self.convolve_backward(state, stages, ds, adds)
-            adds = True
-        for reduction in source.reductions:
-            self.reduce_backward(state, reduction, ds, adds)
-            adds = True
-        return ds if adds else ds.zero_()
+    def gradients_of(self, states: Sequence[int], g: Tensor | None) -> None:
+        """Make the gradients of states: g, and what comes back along the edges that leave them."""
+        begun = set()  # those that are there to be added to
+        for i in states:
+            state, plain = self.kept.states[i], self.plain(i, self.plan.sources[i], g)
+            self.ds[i] = empty(state, state.shape, torch.channels_last) if plain is None else plain
+            if plain is not None:
+                begun.add(i)
+        sources = [(i, self.plan.sources[i]) for i in states]
+        for stages in [stages for _, source in sources for stages in source.stages]:
+            self.convolve_backward(stages, begun)
+        for i, reduction in [(i, reduction) for i, s in sources for reduction in s.reductions]:
+            self.reduce_backward(self.kept.states[i], reduction, self.ds[i], i in begun)
+            begun.add(i)
+        for i in set(states) - begun:
+            self.ds[i].zero_()
 
     def plain(self, i: int, source: Source, g: Tensor | None) -> Tensor | None:
         """Return the part of a state's gradient that no convolution adds; None where there is none.
@@ -116,20 +138,27 @@ class CellBackward(CellPass):
         if g is not None and alone:
             return g
         like, count = self.kept.states[i], len(terms)
-        dtype = coefficient_dtype(like.dtype)
-        scales = [like.new_ones(count, like.shape[1], dtype=dtype)] if count else []
         factors = None
-        if source.skips:
-            scales.append(self.table.rows(source.skip_row, len(source.skips))[0])
-            if self.factors is not None:
-                factors = chosen(self.factors, source.skips)
-                if count:
-                    whole = like.new_ones(count, like.shape[0], dtype=dtype)
-                    factors = torch.cat([whole, factors])
-        scale = scales[0] if len(scales) == 1 else torch.cat(scales)
+        if source.skips and self.factors is not None:
+            factors = chosen(self.factors, source.skips)
+            if count:
+                whole = like.new_ones(count, like.shape[0], dtype=factors.dtype)
+                factors = torch.cat([whole, factors])
+        scale = self.scale_of(source, count, own=g is not None)
         terms += self.gradients_into(source.skips)
         out = empty(like, like.shape, torch.channels_last)
         return launch_node_sum(None, scale, None, factors, None, None, terms, out)
+
+    def scale_of(self, source: Source, count: int, *, own: bool) -> Tensor:
+        """Return what multiplies `count` gradients, of which a node's own is one or not, and those
+        of the skips in a state's gradient, [count + skips, C].
+        """
+        skips = len(source.skips)
+        if skips and count <= own:
+            return self.table.rows(source.skip_row - count, count + skips)[0]
+        dtype, channels = coefficient_dtype(self.like.dtype), self.table.statistics.shape[2]
+        ones = self.like.new_ones(count, channels, dtype=dtype)
+        return torch.cat([ones, self.table.rows(source.skip_row, skips)[0]]) if skips else ones
 
     def gradients_into(self, edges: Sequence[int]) -> list[Tensor]:
         """Return the gradients of the states that some edges enter."""
@@ -140,19 +169,24 @@ class CellBackward(CellPass):
         if self.wants_parameters:
             self.dparameters[place] = gradients
 
-    def convolve_backward(self, state: Tensor, stages: Stages, ds: Tensor, adds: bool) -> None:
-        """Go back through all stages of some separable convolutions, to the state's gradient."""
-        count = len(stages.edges)
+    def convolve_backward(self, stages: Stages, begun: set[int]) -> None:
+        """Go back through all stages of some separable convolutions, to their states' gradients, of
+        which some have begun.
+        """
+        count, adds = len(stages.edges), []
+        for i in stages.states:
+            adds.append(i in begun)
+            begun.add(i)
         dweights = launch_stages_backward(
-            [state] * count,
+            [self.kept.states[i] for i in stages.states],
             self.links(stages, running=False),
             [self.z_of(first, count) for first in stages.rows],
             self.kept.maps[stages.rows[0]],
             self.table,
             self.gradients_into(stages.edges),
             self.factors_of(stages.edges),
-            [ds] * count,
-            [adds, *[True] * (count - 1)],
+            [self.ds.get(i) for i in stages.states],
+            adds,
             wants_weights=self.wants_parameters,
         )
         for place, found in zip(stages.parameters, dweights, strict=True):
@@ -214,6 +248,11 @@ class CellBackward(CellPass):
         by_parameter = dict(zip(map(id, wanted), found, strict=True))
         self.dparameters[single.parameters] = [by_parameter.get(id(p)) for p in parameters]
         return (torch.zeros_like(x) if dx is None else dx).to(self.like.dtype)
+
+
+def _inner(g: Tensor) -> Tensor:
+    """Return g with its channels innermost, as what kernels add to lies."""
+    return g.contiguous(memory_format=torch.channels_last)
 
 
 def _dense(g: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Setting:
     recorded: bool  # whether there may be a backward
     narrow: bool = False  # whether the backward has bfloat16
     again: bool = False  # whether the backward computes the forward again
+    passes: bool = False  # whether the second input's tensors are results, too
 
     def split(self, tensors: Sequence[Any]) -> tuple[list[list[Any]], list[Any]]:
         """Return those of the two inputs, and those of the parameters."""
@@ -197,7 +198,7 @@ class CellForward(CellPass):
         """Compute the candidates on the edges that leave state i, up to their last batch norms."""
         state = self.kept.states[i]
         for stages in source.stages:
-            self.convolve(state, stages)
+            self.convolve(stages)
         for reduction in source.reductions:
             self.mix(reduction, [state])
         if source.pools:
@@ -213,9 +214,9 @@ class CellForward(CellPass):
                 self.kept.singles[single.row] = x, result
             self.kept.z[single.row] = result.detach()
 
-    def convolve(self, state: Tensor, stages: Stages) -> None:
+    def convolve(self, stages: Stages) -> None:
         """Compute all stages of some separable convolutions."""
-        x, links = [state] * len(stages.edges), self.links(stages, running=True)
+        x, links = [self.kept.states[i] for i in stages.states], self.links(stages, running=True)
         z, maps = launch_stages(x, links, self.table, stages.rule)
         for tensors, first in zip(z, stages.rows, strict=True):
             self.kept.z.update(enumerate(tensors, first))
@@ -224,8 +225,9 @@ class CellForward(CellPass):
     def mix(self, reduction: Reduction, sources: Sequence[Tensor]) -> list[Tensor]:
         """Compute FactorizedReduce or the 1x1 convolution of an input; return its z."""
         weights = reduction.by_edge(self.parameters[reduction.parameters])
-        z, sums = launch_mixing(Sources(sources, weights, reduction.stride))
-        self.normalise(reduction.row, z, sums, reduction.norms, reduction.rule)
+        rows = self.table.rows_at(reduction.row, buffers_of(reduction.norms), reduction.rule)
+        z, _ = launch_mixing(Sources(sources, weights, reduction.stride), rows)
+        self.kept.z.update(enumerate(z, reduction.row))
         return z
 
     def pool(self, i: int, source: Source) -> None:
@@ -246,12 +248,12 @@ class CellForward(CellPass):
         sums: Tensor,
         norms: Sequence[nn.BatchNorm2d],
         rule: Rule,
-        places: Sequence[int] | None = None,
+        places: Sequence[int],
     ) -> None:
         """Give each z its row, from `first` on.
 
-        sums: [3, G', C]. places: of each z among the G'; in order where None.
+        sums: [3, G', C]. places: of each z among the G'.
         """
         self.kept.z.update(enumerate(z, first))
-        pairs = [(sums, g) for g in (range(len(z)) if places is None else places)]
+        pairs = [(sums, g) for g in places]
         self.table.fill(first, z[0].shape, pairs, buffers_of(norms), rule)

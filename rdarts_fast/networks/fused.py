@@ -36,8 +36,10 @@ def fused_cell(
     *,
     narrow: bool = False,
     again: bool = False,
+    passes: bool = False,
 ) -> list[Tensor]:
-    """Return the nodes of a cell, [N, C, H, W] each, channels innermost.
+    """Return the nodes of a cell, [N, C, H, W] each, channels innermost; with `passes` the tensors
+    of its second input follow, to whose gradients this cell's backward pass then adds.
 
     cell: a SearchCell. plan: its, which is whole. inputs: the two, each as the tensors whose
     channels make it up, all of one size. weights: [E, O]. factors: drop path's, [E, N] or None.
@@ -58,7 +60,7 @@ def fused_cell(
     recorded = torch.is_grad_enabled()
     again = again and recorded and cell.training
     ways = (recorded and not again, narrow and recorded, again)
-    setting = Setting(cell, plan, draws, factors, counts, cell.training, *ways)
+    setting = Setting(cell, plan, draws, factors, counts, cell.training, *ways, passes=passes)
     return list(_Cell.apply(setting, weights, *inputs[0], *inputs[1], *parameters))
 
 
@@ -120,34 +122,37 @@ class _Cell(Function):
     @staticmethod
     def forward(ctx: Any, setting: Setting, weights: Tensor, *tensors: Tensor) -> Any:
         ctx.setting = setting
+        ctx.set_materialize_grads(False)
+        passed = setting.split(tensors)[0][1] if setting.passes else []
         draws = setting.again and any(source.singles for source in setting.plan.sources)
         ctx.states = random_states(tensors[0].device) if draws else None
         run = CellForward(setting, weights.contiguous(), tensors)
         nodes = run.compute()
         if setting.again:
             ctx.save_for_backward(weights, *tensors)
-            return tuple(nodes)
+            return *nodes, *passed
         if setting.narrow:
             tensors = _rounded(run, setting, tensors)
         ctx.kept, taken = run.kept.taken()
         ctx.save_for_backward(weights, *tensors, *taken)
-        return tuple(nodes)
+        return *nodes, *passed
 
     @staticmethod
-    def backward(ctx: Any, *g: Tensor) -> Any:
+    def backward(ctx: Any, *given: Tensor | None) -> Any:
         setting, needs = ctx.setting, ctx.needs_input_grad[1:]
         weights, *rest = ctx.saved_tensors
         tensors, taken = rest[: len(needs) - 1], rest[len(needs) - 1 :]
         if torch.is_grad_enabled():  # create_graph: derivatives that have their own
             if setting.narrow:
                 raise RuntimeError("--precision bf16 has no second derivatives: use fp32")
-            return None, *_recorded_backward(setting, [weights, *tensors], needs, g)
+            return None, *_recorded_backward(setting, [weights, *tensors], needs, given)
         if setting.again:
-            with drawing_from(ctx.states, g[0].device):
+            with drawing_from(ctx.states, weights.device):
                 tensors, kept = _again(setting, weights, tensors)
         else:
             kept = ctx.kept.restored(taken)
-        return None, *CellBackward(setting, weights.contiguous(), tensors, kept, needs).compute(g)
+        run = CellBackward(setting, weights.contiguous(), tensors, kept, needs)
+        return None, *run.compute(given)
 
 
 def _rounded(run: CellForward, setting: Setting, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -191,7 +196,10 @@ def _as_it_was(setting: Setting, parameters: Sequence[Tensor]) -> Iterator[None]
 
 
 def _recorded_backward(
-    setting: Setting, tensors: Sequence[Tensor], needs: Sequence[bool], g: Sequence[Tensor]
+    setting: Setting,
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+    given: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Return the gradients as functions that can be differentiated again; tensors: weights, inputs
     and parameters.
@@ -201,6 +209,9 @@ def _recorded_backward(
     inputs, parameters = setting.split(rest)
     with _as_it_was(setting, parameters):
         nodes = composed_cell(setting.cell, inputs, weights, setting.draws, setting.factors)
+    results = [*nodes, *inputs[1]] if setting.passes else nodes
+    pairs = [(x, g) for x, g in zip(results, given, strict=True) if g is not None]
     wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(nodes, wanted, g, create_graph=True, allow_unused=True))
+    results, g = [x for x, _ in pairs], [g for _, g in pairs]
+    found = iter(torch.autograd.grad(results, wanted, g, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]

@@ -23,6 +23,7 @@ from rdarts_fast.curvature import HessianOperator
 from rdarts_fast.curvature.operators import check_vectors, flat
 from rdarts_fast.draws import Draws
 from rdarts_fast.networks.passes import SupernetPasses, parts_of
+from rdarts_fast.recording import Recorded, Recorder
 from rdarts_fast.spaces import CELL_TYPES
 
 DIRECTIONS_A_PRODUCT = 3.0  # of the dense matrix, that cost about as much as one product
@@ -35,10 +36,14 @@ class SupernetHessian:
 
     `value` is the loss, `gradient` its gradient [P]. A product lets tangents through the
     network forward and back (passes.py); once `dense` has been computed, it is one with that.
+    recorder: records products with one vector, as lambda_max takes them; None: nothing is recorded.
     """
 
-    def __init__(self, passes: SupernetPasses, memory: int) -> None:
+    def __init__(
+        self, passes: SupernetPasses, memory: int, recorder: Recorder | None = None
+    ) -> None:
         self._passes, self._memory = passes, memory
+        self._alone = None if recorder is None else Recorded(self._times, recorder)
         self._matrix: Tensor | None = None
         self.value, self.gradient = passes.loss, flat(list(passes.gradient().values()))
 
@@ -65,7 +70,9 @@ class SupernetHessian:
             return torch.zeros_like(v)
         columns = v.reshape(len(v), -1).t().to(self.gradient.device, torch.float64)
         fit = max(1, self._memory // self._passes.bytes_a_product())
-        found = [self._times(some) for some in columns.split(fit)]
+        alone = self._times if self._alone is None else self._alone
+        times = alone if len(columns) == 1 else self._times
+        found = [times(some) for some in columns.split(fit)]
         return torch.cat(found).t().reshape(v.shape).to(v)
 
     def dense(self) -> Tensor:
@@ -135,6 +142,7 @@ def hessian_operator(
     labels: Tensor,
     draws: Draws,
     memory: int,
+    recorder: Recorder | None,
 ) -> SupernetHessian | HessianOperator:
     """Return the operator; see `Supernet.hessian_operator`. Whatever the supernet's precision, it
     is computed in float32.
@@ -160,4 +168,4 @@ def hessian_operator(
         return by_differentiating()
     with bilevel.frozen(parameters):
         passes = SupernetPasses(supernet, parts, alphas, images, labels, draws)
-    return SupernetHessian(passes, memory)
+    return SupernetHessian(passes, memory, recorder)

@@ -233,7 +233,8 @@ class Norm:
         if self.directions:
             given[:3, : self.directions] = self._sums
         given[3:5] = totals_of(g, self.result, factors) if totals is None else totals
-        given[5], given[6] = moved[:, None], 1.0
+        given[5] = moved[:, None]
+        given[6].fill_(1.0)  # not set: that would bring a number from the host
         found = torch.einsum("rkc,kvc->vrc", self._table, given).to(dtype)
         return found[:, :4], found[:, 4:]
 

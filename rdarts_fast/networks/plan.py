@@ -31,11 +31,14 @@ Candidate = tuple[Kind, int, int, nn.Module]  # its edge, its index into the fla
 
 @dataclass
 class Stages:
-    """Separable convolutions of one shape on edges that leave a state: one stage or two."""
+    """Separable convolutions of one shape on edges that leave a state, or either of a cell's
+    inputs: one stage or two.
+    """
 
     geometries: list[Geometry]  # of each stage
     rule: Rule
     edges: list[int]
+    states: list[int]  # that each leaves
     # Of each stage:
     convolutions: list[list[nn.Module]]  # the depthwise, then the pointwise
     norms: list[list[nn.BatchNorm2d]]
@@ -48,6 +51,7 @@ class Stages:
         geometries: Sequence[Geometry],
         rule: Rule,
         edges: list[int],
+        states: list[int],
         modules: Sequence[nn.Sequential],
     ) -> Stages:
         """Return the stages of candidates that `_stages_of` knows."""
@@ -55,7 +59,7 @@ class Stages:
         firsts = range(1, 4 * len(geometries), 4)
         convolutions = [[part[i] for i in (at, at + 1) for part in parts] for at in firsts]
         norms: list[Any] = [[part[at + 2] for part in parts] for at in firsts]
-        return cls(list(geometries), rule, edges, convolutions, norms)
+        return cls(list(geometries), rule, edges, states, convolutions, norms)
 
     def owners(self, stage: int) -> list[Owner]:
         """Return what owns a stage's depthwise weights, then the pointwise."""
@@ -125,7 +129,7 @@ class Source:
     reductions: list[Reduction] = field(default_factory=list)
     pools: list[Pool] = field(default_factory=list)  # in the order of KINDS
     skips: list[int] = field(default_factory=list)  # edges
-    skip_row: int = 0
+    skip_row: int = 0  # before it stands, of a node, a row whose by_g is 1
     singles: list[Single] = field(default_factory=list)
 
 
@@ -144,8 +148,9 @@ class Plan:
     """The plan of a cell of `nodes` nodes. edges: [E], the candidates of each.
 
     `whole` says whether the kernels can compute the cell. rows: R of the table; the first two are
-    those of the preprocessing. owners: the module and name of every parameter. norms: every batch
-    norm that the kernels compute.
+    those of the preprocessing, and by_g of `ones` is 1, where a node's own gradient is summed with
+    that of the skips that leave it. weighs_all: whether every weight has a gradient. owners: the
+    module and name of every parameter. norms: every batch norm that the kernels compute.
     """
 
     def __init__(
@@ -161,10 +166,10 @@ class Plan:
         for row, reduction in enumerate(self.inputs):
             reduction.row = row
         self.sources = [Source(1) for _ in range(INPUTS + nodes)]
-        self.rows = INPUTS
+        self.rows, self.ones = INPUTS, list[int]()
         self._terms: list[list[tuple[int, int, int, bool]]] = [[] for _ in edges]
         self._drawn: list[list[tuple[int, int]]] = [[] for _ in edges]
-        leaving = self._candidates(nodes, edges, strides)
+        leaving = _together_at_inputs(self._candidates(nodes, edges, strides))
         for source, candidates in zip(self.sources, leaving, strict=True):
             # Sorting is stable: within a kind, the edges stay in order.
             ordered = sorted(candidates, key=lambda candidate: str(candidate[0]))
@@ -172,6 +177,8 @@ class Plan:
                 self._add(source, kind, list(group))
             source.pools.sort(key=lambda pool: KINDS.index(pool.kind))
         self.nodes = [self._node(edges_into(node)) for node in range(nodes)]
+        terms = sum(len(node.edges) + len(node.sites) for node in self.nodes)
+        self.weighs_all = terms == sum(map(len, edges))
         self.whole = len(self.inputs) == INPUTS and all(
             0 < len(node.edges) <= MOST_INPUTS and len(node.sites) <= MOST_INPUTS
             for node in self.nodes
@@ -204,10 +211,13 @@ class Plan:
     def _add(self, source: Source, kind: Kind, group: Sequence[Candidate]) -> None:
         edges = [e for _, e, _, _ in group]
         modules: list[Any] = [module for _, _, _, module in group]
+        if kind[0] == "skip" and any(source is node for node in self.sources[INPUTS:]):
+            self.ones.append(self.rows)
+            self.rows += 1
         row = self._rows_of(group)
         if kind[0] == "stages":
             _, geometries, rule = kind
-            stages = Stages.of(geometries, rule, edges, modules)
+            stages = Stages.of(geometries, rule, edges, [state_left(e) for e in edges], modules)
             stages.rows.append(row)
             for _ in geometries[1:]:
                 row = self._rows_of(group)
@@ -284,6 +294,24 @@ class Plan:
             for pool in source.pools:
                 found += pool.norms
         return found
+
+
+def state_left(edge: int) -> int:
+    """Return the state that an edge leaves."""
+    node = 0
+    while edge not in edges_into(node):
+        node += 1
+    return list(edges_into(node)).index(edge)
+
+
+def _together_at_inputs(leaving: Sequence[list[Candidate]]) -> list[list[Candidate]]:
+    """Return what leaves each state, with the stages that leave any of a cell's inputs at the last:
+    the inputs are there at once, so those of a kind are one launch.
+    """
+    inputs, nodes = leaving[:INPUTS], leaving[INPUTS:]
+    staged = [[c for c in some if c[0][0] == "stages"] for some in inputs]
+    others = [[c for c in some if c[0][0] != "stages"] for some in inputs]
+    return [*others[:-1], [c for some in staged for c in some] + others[-1], *nodes]
 
 
 def _kind(module: nn.Module) -> Kind:

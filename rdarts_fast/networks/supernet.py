@@ -36,6 +36,7 @@ from rdarts_fast.networks.operations import (
 from rdarts_fast.networks.plan import Plan
 from rdarts_fast.networks.precision import BF16, FP32
 from rdarts_fast.networks.search_network import SearchNetwork, Weights
+from rdarts_fast.recording import Recorder
 from rdarts_fast.spaces import INPUTS, Space, edges_into, load_space
 
 BACKENDS = ("reference", "fused")
@@ -130,9 +131,17 @@ class SearchCell(nn.Module):
         self._plan: Plan | None = None  # of the modules, made at the first forward pass
 
     def forward(
-        self, s0: States, s1: States, weights: Tensor, draws: Draws, drop_path: Probability
+        self,
+        s0: States,
+        s1: States,
+        weights: Tensor,
+        draws: Draws,
+        drop_path: Probability,
+        *,
+        passes: bool = False,
     ) -> list[Tensor]:
-        """Return the tensors whose channels make up the cell's output.
+        """Return the tensors whose channels make up the cell's output; with `passes` those of s1
+        follow, for the next cell: what comes back to them is then added by this one's kernels.
 
         s0, s1: likewise of the cell before the last and of the last. weights: [E, O].
         """
@@ -144,12 +153,13 @@ class SearchCell(nn.Module):
             )  # [E, N]
         plan = self.plan() if self.fused else None
         # Modules, too, where some batch norms are held still.
-        if plan is None or any(norm.training is not self.training for norm in plan.norms):
-            return self._by_parts(self._reference, s0, s1, weights, draws, factors)
-        if plan.whole and s0[0].device.type != "meta":
-            ways = {"narrow": self.narrow, "again": self.again}
+        still = plan and any(norm.training is not self.training for norm in plan.norms)
+        if plan and not still and plan.whole and s0[0].device.type != "meta":
+            ways = {"narrow": self.narrow, "again": self.again, "passes": passes}
             return fused_cell(self, plan, (s0, s1), weights, draws, factors, **ways)
-        return self._by_parts(partial(composed_cell, self), s0, s1, weights, draws, factors)
+        compute = self._reference if plan is None or still else partial(composed_cell, self)
+        nodes = self._by_parts(compute, s0, s1, weights, draws, factors)
+        return [*nodes, *s1] if passes else nodes
 
     def _by_parts(
         self,
@@ -282,7 +292,8 @@ class Supernet(SearchNetwork):
         s0 = s1 = [fused_stem(self.stem, images) if self.backend == "fused" else self.stem(images)]
         for cell in self.cells:
             assert isinstance(cell, SearchCell)
-            s0, s1 = s1, cell(s0, s1, weights[cell.kind], draws, self.drop_path_prob)
+            found = cell(s0, s1, weights[cell.kind], draws, self.drop_path_prob, passes=True)
+            s0, s1 = found[-len(s1) :], found[: -len(s1)]
         means = torch.cat([x.mean(dim=(2, 3)) for x in s1], dim=1)
         logits: Tensor = self.classifier(means)
         return logits
@@ -311,6 +322,7 @@ class Supernet(SearchNetwork):
         draws: Draws | None = None,
         *,
         memory: int = 4 << 30,
+        recorder: Recorder | None = None,
     ) -> SupernetHessian | HessianOperator:
         """Return the Hessian of the mean cross entropy over the alphas, for rdarts_fast.curvature.
 
@@ -318,9 +330,10 @@ class Supernet(SearchNetwork):
         mode, with its drop path; draws fix noise and masks. Buffers and gradients stay as they are.
         memory: bytes that the tangents of the dense matrix may take, about. The reference backend,
         and a supernet with operations that tangent.py does not know, get an operator that
-        differentiates twice.
+        differentiates twice. recorder: records products with one vector (recording.py), which
+        replayed are the same.
         """
         self.check_weights(alphas)
         if draws is None:
             draws = Draws(seed=int(torch.randint(2**62, ())))
-        return hessian_operator(self, alphas, images, labels, draws, memory)
+        return hessian_operator(self, alphas, images, labels, draws, memory, recorder)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rdarts_fast.draws import Draws
-from rdarts_fast.kernels.array import empty
+from rdarts_fast.kernels.array import chosen, empty
 from rdarts_fast.networks.chain import Chain, State
 from rdarts_fast.networks.norm import Norm, products
 from rdarts_fast.networks.operations import Noise, Probability, Zero, drop_path_factors, drops
@@ -112,7 +112,8 @@ class CellParts:
 
     def factors_of(self, candidates: Sequence[Candidate]) -> Tensor | None:
         """Return drop path's factors of some candidates, [K, N]."""
-        return None if self.factors is None else self.factors[[c.edge for c in candidates]]
+        edges = [c.edge for c in candidates]
+        return None if self.factors is None else chosen(self.factors, edges)
 
     def tangent(
         self, weights: Tensor, dweights: Tensor, along: Tensor, hessian: Tensor | None
@@ -135,7 +136,8 @@ class CellParts:
         for node, candidates in enumerate(self.nodes):
             terms = [self._tangent_of(c, weights, along, hessian) for c in candidates]
             state = self.states[INPUTS + node]
-            state.tangent = self._node(candidates, terms, weights, dweights, state.value)
+            static = hessian is None
+            state.tangent = self._node(candidates, terms, weights, dweights, state.value, static)
 
     def norms(self) -> list[Norm]:
         """Return all batch norms."""
@@ -178,19 +180,18 @@ class CellParts:
         weights: Tensor,
         dweights: Tensor,
         like: Tensor,
+        static: bool,
     ) -> Tensor | None:
         """Return the tangents of a node: sum of p dz_hat + dp z_hat, with drop path's factors; of
-        as many directions as move it.
+        as many directions as move it, or, `static`, of all, whatever their values.
         """
         if not candidates:
             return None
         n, channels = like.shape[:2]
         rows = [dweights[:, c.edge, c.operation] for c in candidates]
         dp = torch.stack(rows, dim=1).double()  # [V, K]
-        moved = dp.any(dim=1).nonzero()
-        directions = max(
-            [int(moved.max()) + 1 if len(moved) else 0]
-            + [len(dz) // n for dz in terms if dz is not None]
+        directions = (
+            len(dp) if static else _moving(dp, [len(t) // n for t in terms if t is not None])
         )
         if directions == 0:
             return None
@@ -209,8 +210,11 @@ class CellParts:
                 by_result[:d, k] += p * own[1]
                 constant[:d, k] = p * own[2]
         out = empty(like, (directions * n, *like.shape[1:]), torch.channels_last)
-        shift = self._shift(candidates, constant)
-        reads = by_result.any(dim=2).tolist()  # directions that a result stands in
+        shift = None
+        if static or bool(constant.any()):
+            shift = self._shift(candidates, constant)
+        # Directions that a result stands in.
+        reads = None if static else by_result.any(dim=2).tolist()
         scales = torch.stack([by_dz, by_result], dim=2).to(like.dtype)  # [V, K, 2, C]
         for v, part in enumerate(out.split(n)):
             z, at = [], []
@@ -218,23 +222,27 @@ class CellParts:
                 if dz is not None and v * n < len(dz):
                     z.append(dz[v * n : (v + 1) * n])
                     at.append(2 * k)
-                if reads[v][k]:
+                if reads is None or reads[v][k]:
                     assert c.result is not None
                     z.append(c.result)
                     at.append(2 * k + 1)
             factors = None
             if self.factors is not None:
-                factors = self.factors[[candidates[i // 2].edge for i in at]]
-            sum_into(part, z, scales[v].flatten(0, 1)[at], factors)
+                factors = chosen(self.factors, [candidates[i // 2].edge for i in at])
+            sum_into(part, z, chosen(scales[v].flatten(0, 1), at), factors)
             if shift is not None:
                 part += shift[v].to(part.dtype)[..., None, None]
         return out
 
-    def _shift(self, candidates: Sequence[Candidate], constant: Tensor) -> Tensor | None:
-        """Return the sum of the constants, [V, N or 1, C]; None where all are zero."""
-        if not bool(constant.any()):
-            return None
+    def _shift(self, candidates: Sequence[Candidate], constant: Tensor) -> Tensor:
+        """Return the sum of the constants, [V, N or 1, C]."""
         if self.factors is None:
             return constant.sum(dim=1, keepdim=True)
-        factors = self.factors[[c.edge for c in candidates]].double()  # [K, N]
+        factors = chosen(self.factors, [c.edge for c in candidates]).double()  # [K, N]
         return torch.einsum("vkc,kn->vnc", constant, factors)
+
+
+def _moving(dp: Tensor, of_terms: Sequence[int]) -> int:
+    """Return how many directions, the first, move a node: by weights that move, or by its terms."""
+    moved = dp.any(dim=1).nonzero()
+    return max([int(moved.max()) + 1 if len(moved) else 0, *of_terms])

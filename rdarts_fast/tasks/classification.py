@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdarts_fast import data, training
-from rdarts_fast.config import RetrainConfig, RunConfig, SupernetConfig
+from rdarts_fast.config import RetrainConfig, RunConfig, SearchConfig, SupernetConfig
 from rdarts_fast.curvature.operators import LossOperator
 from rdarts_fast.draws import SITE_SAMPLE, SITE_STREAM_VALIDATION, Draws
 from rdarts_fast.errors import UserError
 from rdarts_fast.genotype import Genotype
 from rdarts_fast.metrics import METRICS, Outcome
 from rdarts_fast.networks import Network, SearchNetwork, Supernet, auxiliary_fits
+from rdarts_fast.recording import CudaGraphs
 from rdarts_fast.spaces import Space
 from rdarts_fast.tasks.task import Batch, Carry, Task, Weights, check_genotype, check_space
 
@@ -169,7 +170,8 @@ class Classification(Task):
         """Return the Hessian of the batch's cross-entropy, on kernels where the supernet is."""
         assert isinstance(supernet, Supernet)
         images, labels = batch
-        return supernet.hessian_operator(alphas, images, labels, draws)
+        recorder = recorder_for(self.settings, images.device)
+        return supernet.hessian_operator(alphas, images, labels, draws, recorder=recorder)
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """Return SGD with momentum."""
@@ -257,3 +259,9 @@ def outcome(logits: Tensor, labels: Tensor) -> Outcome:
     loss = F.cross_entropy(logits, labels)
     right = (logits.detach().argmax(dim=1) == labels).sum()
     return Outcome(loss, loss.detach(), right, len(labels))
+
+
+def recorder_for(settings: RunConfig, device: torch.device) -> CudaGraphs | None:
+    """Return what records a search's products with the Hessian, on a GPU; None: nothing does."""
+    records = isinstance(settings, SearchConfig) and settings.graph and device.type == "cuda"
+    return CudaGraphs(device) if records else None

@@ -17,7 +17,7 @@ using Shape = std::vector<int64_t>;
 
 constexpr int kInputs = 3, kEdges = 2, kSites = 2;
 constexpr DType kTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16};
-const Place kPlace = {Unit::kBase, 1, 0, 0};
+Place place = {Unit::kBase, 1, 0, 0};  // main gives it counters
 
 // Of coefficients and weights beside tensors of a type.
 DType beside(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
@@ -63,9 +63,9 @@ void philox() {
     auto* const uniform = static_cast<float*>(memory.take(4 * count));
     auto* const normal = static_cast<float*>(memory.take(4 * count));
     const PhiloxStart start = {1, 2, 0, 7, 3, 0};
-    cuda::philox_bits(bits, count, start, kPlace);
-    cuda::philox_uniform(uniform, count, start, kPlace);
-    cuda::philox_normal(normal, count, start, kPlace);
+    cuda::philox_bits(bits, count, start, place);
+    cuda::philox_uniform(uniform, count, start, place);
+    cuda::philox_normal(normal, count, start, place);
     finish("philox");
     check_written("philox_uniform", DType::kFloat32, uniform, count);
     check_written("philox_normal", DType::kFloat32, normal, count);
@@ -79,23 +79,23 @@ void sums(Case& c) {
   const void* const factors = c.coefficients(kInputs * c.samples());
   NodeSum sum = {out, z.data(), kInputs, c.coefficients(plane), c.coefficients(plane), factors, {}};
   sum.drawn = drawn_of(c);
-  cuda::node_sum(sum, kPlace);
+  cuda::node_sum(sum, place);
 
   const std::vector<Array> dz = c.several(kInputs, c.shape, false);
   cuda::affine({g, z.data(), dz.data(), kInputs, c.coefficients(plane), c.coefficients(plane),
                 c.coefficients(plane), factors},
-               kPlace);
+               place);
 
   const int64_t workspace = cuda::workspace(c.shape.data(), kInputs, kSites);
   auto* const pivot = static_cast<double*>(c.memory.numbers(DType::kFloat64, plane));
   double *const own = c.memory.doubles(3 * plane), *const about = c.memory.doubles(2 * plane);
-  cuda::channel_sums({z.data(), kInputs, nullptr, own, c.memory.doubles(workspace)}, kPlace);
-  cuda::channel_sums({z.data(), kInputs, pivot, about, c.memory.doubles(workspace)}, kPlace);
+  cuda::channel_sums({z.data(), kInputs, nullptr, own, c.memory.doubles(workspace)}, place);
+  cuda::channel_sums({z.data(), kInputs, pivot, about, c.memory.doubles(workspace)}, place);
 
   double *const dq = c.memory.doubles(2 * plane), *const of_noise = c.memory.doubles(kSites);
   cuda::node_sum_dq({g, z.data(), kInputs, pivot, factors, sum.drawn, dq, of_noise,
                      c.memory.doubles(workspace)},
-                    kPlace);
+                    place);
   finish("sums");
   check_written("node_sum", out);
   for (const Array& a : dz) check_written("affine", a);
@@ -110,10 +110,10 @@ void norms(Case& c) {
   const std::vector<Array> z = c.several(kInputs, c.shape, true);
   const int64_t workspace = cuda::workspace(c.shape.data(), kInputs, 0);
   double* const sums = c.memory.doubles(3 * plane);
-  cuda::channel_sums({z.data(), kInputs, nullptr, sums, c.memory.doubles(workspace)}, kPlace);
+  cuda::channel_sums({z.data(), kInputs, nullptr, sums, c.memory.doubles(workspace)}, place);
   Normalization n = {};
-  n.dtype = c.dtype, n.inputs = kInputs, n.channels = channels, n.count = c.count();
-  n.eps = 1e-5, n.momentum = 0.1, n.training = true, n.normalised = 5;  // the second is not
+  n.dtype = c.dtype, n.inputs = kInputs, n.channels = channels;
+  n.rule = {c.count(), 1e-5, 0.1, true}, n.normalised = 5;  // the second is not
   for (int k = 0; k < kInputs; ++k) {
     n.sums[k] = sums + k * channels, n.apart[k] = plane;
     n.running_mean[k] = c.coefficients(channels);
@@ -121,7 +121,7 @@ void norms(Case& c) {
   }
   n.weights = c.coefficients(kInputs), n.mean = c.memory.doubles(plane);
   n.rstd = c.memory.doubles(plane), n.scale = c.room(plane), n.shift = c.room(plane);
-  cuda::normalize(n, kPlace);
+  cuda::normalize(n, place);
 
   NormalizationBackward b = {};
   b.dtype = c.dtype, b.inputs = kInputs, b.channels = channels, b.count = c.count();
@@ -129,7 +129,7 @@ void norms(Case& c) {
   b.sums = static_cast<double*>(c.memory.numbers(DType::kFloat64, 2 * plane));
   b.dweights = c.memory.doubles(kInputs);
   b.by_g = c.room(plane), b.by_z = c.room(plane), b.constant = c.room(plane);
-  cuda::normalize_backward(b, kPlace);
+  cuda::normalize_backward(b, place);
   finish("norms");
   for (const void* data : {n.scale, n.shift}) c.check_room("normalize", data, plane);
   for (const double* data : {n.mean, n.rstd}) {
@@ -141,19 +141,26 @@ void norms(Case& c) {
   check_written("normalize_backward", DType::kFloat64, b.dweights, kInputs);
 }
 
-void cells(Case& c) {
+// Of kInputs rows, those of the gradients to be filled.
+Table table_of(Case& c) {
   const int64_t channels = c.channels(), plane = kInputs * channels;
   Table table = {};
   table.dtype = c.dtype, table.channels = channels, table.count = c.count(), table.training = true;
   table.mean = static_cast<double*>(c.memory.numbers(DType::kFloat64, plane));
   table.rstd = static_cast<double*>(c.memory.numbers(DType::kFloat64, plane, 0.5, 1.5));
   table.by_g = c.room(plane), table.by_z = c.room(plane), table.constant = c.room(plane);
+  return table;
+}
+
+void cells(Case& c) {
+  const int64_t channels = c.channels(), plane = kInputs * channels;
+  const Table table = table_of(c);
   Terms terms = {};
   terms.table = table, terms.inputs = kInputs, terms.normalised = 5;
   for (int k = 0; k < kInputs; ++k) terms.row[k] = k, terms.weight[k] = kInputs - 1 - k;
   terms.weights = c.coefficients(kInputs + kSites);
   TermCoefficients forward = {terms, c.memory.doubles(plane), c.room(plane), c.room(plane)};
-  cuda::term_coefficients(forward, kPlace);
+  cuda::term_coefficients(forward, place);
 
   TermGradients back = {};
   back.terms = terms;
@@ -161,11 +168,11 @@ void cells(Case& c) {
   back.drawn_sums = static_cast<double*>(c.memory.numbers(DType::kFloat64, kSites));
   back.drawn = kSites, back.dweights = c.room(kInputs + kSites);
   for (int j = 0; j < kSites; ++j) back.drawn_weight[j] = kInputs + j;
-  cuda::term_gradients(back, kPlace);
+  cuda::term_gradients(back, place);
   finish("term_gradients");
   c.check_room("term_gradients", back.dweights, kInputs + kSites);
 
-  cuda::row_gradients({table, 0, kInputs, back.sums}, kPlace);
+  cuda::row_gradients({table, 0, kInputs, back.sums}, place);
   finish("cells");
   check_written("term_coefficients", DType::kFloat64, forward.pivot, plane);
   for (const void* data : {forward.scale, forward.shift}) {
@@ -176,6 +183,59 @@ void cells(Case& c) {
   }
 }
 
+// A node, which makes its own coefficients and, backward, fills its terms' rows.
+void nodes(Case& c) {
+  const int64_t channels = c.channels(), plane = kInputs * channels;
+  const std::vector<Array> z = c.several(kInputs, c.shape, true);
+  Table table = table_of(c);
+  Terms terms = {};
+  terms.table = table, terms.inputs = kInputs, terms.normalised = 5;
+  for (int k = 0; k < kInputs; ++k) terms.row[k] = k, terms.weight[k] = kInputs - 1 - k;
+  terms.weights = c.coefficients(kInputs + kSites);
+  const TermCoefficients made = {terms, c.memory.doubles(plane), c.room(plane), c.room(plane)};
+  NodeSum sum = {c.out(c.shape), z.data(), kInputs, made.scale, made.shift, nullptr, drawn_of(c),
+                 &made};
+  cuda::node_sum(sum, place);
+
+  TermGradients back = {};
+  back.terms = terms, back.drawn = kSites, back.dweights = c.room(kInputs + kSites);
+  for (int j = 0; j < kSites; ++j) back.drawn_weight[j] = kInputs + j;
+  back.sums = c.memory.doubles(2 * plane), back.drawn_sums = c.memory.doubles(kSites);
+  const int64_t workspace = cuda::workspace(c.shape.data(), kInputs, kSites);
+  cuda::node_sum_dq({c.in(c.shape), z.data(), kInputs, made.pivot, nullptr, sum.drawn,
+                     const_cast<double*>(back.sums), const_cast<double*>(back.drawn_sums),
+                     c.memory.doubles(workspace), &back},
+                    place);
+  finish("node");
+  check_written("node_sum", sum.out);
+  check_written("node_sum", DType::kFloat64, made.pivot, plane);
+  c.check_room("node_sum_dq", back.dweights, kInputs + kSites);
+  for (const void* data : {table.by_g, table.by_z, table.constant}) {
+    c.check_room("node_sum_dq", data, plane);
+  }
+}
+
+// What a launch fills of so many tensors beside their sums.
+Normalization norms_after(Case& c, int inputs, int64_t channels) {
+  const int64_t plane = inputs * channels;
+  Normalization n = {};
+  n.dtype = c.dtype, n.inputs = inputs, n.channels = channels;
+  n.rule = {c.count(), 1e-5, 0.1, true};
+  for (int k = 0; k < inputs; ++k) {
+    n.running_mean[k] = c.coefficients(channels);
+    n.running_var[k] = c.memory.numbers(beside(c.dtype), channels, 0.5, 1.5);
+  }
+  n.mean = c.memory.doubles(plane), n.rstd = c.memory.doubles(plane);
+  n.scale = c.room(plane), n.shift = c.room(plane);
+  return n;
+}
+
+void check_norms(const char* name, Case& c, const Normalization& n) {
+  const int64_t plane = n.inputs * n.channels;
+  for (const void* data : {n.scale, n.shift}) c.check_room(name, data, plane);
+  for (const double* data : {n.mean, n.rstd}) check_written(name, DType::kFloat64, data, plane);
+}
+
 void pools(Case& c, int stride) {
   const Shape small = {c.shape[0], c.shape[1], pooled(c.shape[2], stride),
                        pooled(c.shape[3], stride)};
@@ -184,12 +244,12 @@ void pools(Case& c, int stride) {
                c.memory.tensor(DType::kUInt8, small, c.layout, false), stride, nullptr, nullptr};
   pool.sums = c.memory.doubles(3 * plane);
   pool.workspace = c.memory.doubles(cuda::workspace(small.data(), kPools, 0));
-  cuda::pool(pool, kPlace);
+  cuda::pool(pool, place);
   Pool tangent = pool;
   tangent.x = c.in(c.shape), tangent.out[0] = c.out(small), tangent.out[1] = c.out(small);
-  cuda::pool_tangent(tangent, kPlace);
+  cuda::pool_tangent(tangent, place);
   const PoolAdjoint adjoint = {{c.in(small), c.in(small)}, pool.place, c.out(c.shape), stride};
-  cuda::pool_adjoint(adjoint, kPlace);
+  cuda::pool_adjoint(adjoint, place);
   finish("pools");
   for (const Array& a : {pool.out[0], pool.out[1], pool.place}) check_written("pool", a);
   for (const Array& a : tangent.out) check_written("pool_tangent", a);
@@ -225,7 +285,9 @@ void stages(Case& c, int kernel, int dilation, int stride) {
   stage.depthwise = depthwise.data(), stage.pointwise = pointwise.data();
   StageForward forward = {stage, z.data(), c.memory.doubles(3 * kEdges * out), nullptr};
   forward.workspace = c.memory.doubles(cuda::stage_workspace(stage, small.data(), false));
-  cuda::sep_stage(forward, kPlace);
+  const Normalization norms = norms_after(c, kEdges, out);
+  forward.norms = &norms;
+  cuda::sep_stage(forward, place);
 
   const Array gate = c.in(c.shape);
   std::vector<Array> dz;  // of the tangents
@@ -233,9 +295,10 @@ void stages(Case& c, int kernel, int dilation, int stride) {
     dz.push_back(c.memory.tensor(c.dtype, small, Layout::kInner, false));
   }
   StageForward gated = forward;
+  gated.norms = nullptr;
   gated.stage.gate = &gate, gated.stage.by_gate = c.coefficients(kEdges * in);
   gated.z = dz.data(), gated.sums = c.memory.doubles(3 * kEdges * out);
-  cuda::sep_stage(gated, kPlace);
+  cuda::sep_stage(gated, place);
 
   const uint8_t adds[kEdges] = {0, 1};
   StageBackward back = {};
@@ -244,8 +307,14 @@ void stages(Case& c, int kernel, int dilation, int stride) {
   back.sums = c.memory.doubles(2 * kEdges * in);
   back.ddepthwise = ddepthwise.data(), back.dpointwise = dpointwise.data();
   back.workspace = c.memory.doubles(cuda::stage_workspace(stage, small.data(), true));
-  cuda::sep_stage_backward(back, kPlace);
+  const RowGradients rows = {table_of(c), 0, kEdges, back.sums};
+  back.rows = &rows;
+  cuda::sep_stage_backward(back, place);
   finish("sep_stage");
+  check_norms("sep_stage", c, norms);
+  for (const void* data : {rows.table.by_g, rows.table.by_z, rows.table.constant}) {
+    c.check_room("sep_stage_backward", data, kEdges * in);
+  }
   for (int e = 0; e < kEdges; ++e) {
     check_written("sep_stage", z[e]), check_written("gated sep_stage", dz[e]);
     check_written("sep_stage_backward", dv[e]);
@@ -268,7 +337,7 @@ void moments(Case& c) {
   a.gradient = c.memory.tensor(c.dtype, c.shape, Layout::kInner, true).data;
   a.weights = c.coefficients(a.channels), a.sums = c.memory.doubles(a.size());
   a.workspace = c.memory.doubles(cuda::moments_workspace(a));
-  cuda::tangent_moments(a, kPlace);
+  cuda::tangent_moments(a, place);
   finish("tangent_moments");
   check_written("tangent_moments", DType::kFloat64, a.sums, a.size());
 }
@@ -300,15 +369,18 @@ void mixings(Case& c, int halves, int stride) {
   mixing.weights = weights.data();
   MixingForward forward = {mixing, z.data(), c.memory.doubles(3 * kEdges * out), nullptr};
   forward.workspace = c.memory.doubles(cuda::mixing_workspace(mixing, small.data(), false));
-  cuda::mixing(forward, kPlace);
+  const Normalization norms = norms_after(c, kEdges, out);
+  forward.norms = &norms;
+  cuda::mixing(forward, place);
 
   const uint8_t adds[sources] = {0, 1};
   MixingBackward back = {};
   static_cast<GradientOfZ&>(back) = gradient_of(c, g.data(), zs.data(), out);
   back.mixing = mixing, back.dv = dv.data(), back.adds = adds, back.dweights = dweights.data();
   back.workspace = c.memory.doubles(cuda::mixing_workspace(mixing, small.data(), true));
-  cuda::mixing_backward(back, kPlace);
+  cuda::mixing_backward(back, place);
   finish("mixing");
+  check_norms("mixing", c, norms);
   for (const Array& a : z) check_written("mixing", a);
   for (const Array& a : dv) check_written("mixing_backward", a);
   for (size_t i = 0; i < sizes.size(); ++i) {
@@ -322,10 +394,10 @@ void correlations(Case& c) {
   const Shape volume = {c.shape[0], count, c.shape[2], c.shape[3]};
   const Array left = c.in(c.shape), right = c.in(c.shape), g = c.in(volume);
   const Correlation forward = {left, right, c.out(volume), first};
-  cuda::correlation(forward, kPlace);
+  cuda::correlation(forward, place);
   for (const bool to_right : {false, true}) {
     const CorrelationAdjoint back = {g, to_right ? left : right, c.out(c.shape), first, to_right};
-    cuda::correlation_adjoint(back, kPlace);
+    cuda::correlation_adjoint(back, place);
     finish("correlation_adjoint");
     check_written("correlation_adjoint", back.out);
   }
@@ -354,7 +426,7 @@ void recurrent_nodes(Case& c, NodeNorm norm) {
   forward.running_var = c.memory.numbers(c.dtype, hidden, 0.5, 1.5);
   forward.value = c.room(size), forward.masked = c.room(size);
   forward.statistics = c.memory.doubles(2 * hidden);
-  cuda::recurrent_node(forward, kPlace);
+  cuda::recurrent_node(forward, place);
 
   RecurrentBackward back = {};
   back.node = node, back.norm = norm, back.statistics = forward.statistics;
@@ -370,8 +442,8 @@ void recurrent_nodes(Case& c, NodeNorm norm) {
     back.dstates[j] = {c.room(size), hidden}, back.dgates[j] = {c.room(2 * size), 2 * hidden};
     second.dstates[j] = {c.room(size), hidden}, second.dgates[j] = {c.room(2 * size), 2 * hidden};
   }
-  cuda::recurrent_node_backward(back, kPlace);
-  cuda::recurrent_node_second(second, kPlace);
+  cuda::recurrent_node_backward(back, place);
+  cuda::recurrent_node_second(second, place);
   finish("recurrent_node");
   c.check_room("recurrent_node", forward.value, size);
   c.check_room("recurrent_node", forward.masked, size);
@@ -398,7 +470,7 @@ void roundings(Case& c, bool beside_zero) {
     rounding.scale = static_cast<const float*>(c.memory.numbers(DType::kFloat32, coefficients));
     rounding.shift = static_cast<const float*>(c.memory.numbers(DType::kFloat32, coefficients));
   }
-  cuda::rounding(rounding, kPlace);
+  cuda::rounding(rounding, place);
   finish("rounding");
   for (int k = 0; k < kInputs; ++k) {
     check_written("rounding", DType::kBFloat16, rounding.out[k], count);
@@ -415,6 +487,9 @@ void with(DType dtype, const Shape& shape, Layout layout, const Run& run) {
 }
 
 void all() {
+  Memory memory;
+  place.counters = static_cast<uint32_t*>(memory.take(4 * kCounters));
+  check(cudaMemset(place.counters, 0, 4 * kCounters), "cudaMemset");
   philox();
   for (const Shape& shape : {Shape{2, 16, 6, 8}, Shape{3, 5, 5, 7}}) {
     for (const bool beside_zero : {false, true}) {
@@ -440,6 +515,7 @@ void all() {
         with(dtype, shape, layout, sums);
         with(dtype, shape, layout, norms);
         with(dtype, shape, layout, cells);
+        with(dtype, shape, layout, nodes);
         for (const int stride : {1, 2}) {
           with(dtype, shape, layout, [&](Case& c) { pools(c, stride); });
           with(dtype, shape, layout, [&](Case& c) { mixings(c, 1, stride); });
@@ -459,7 +535,7 @@ void planted() {
   Memory memory;
   constexpr int64_t count = 1024;
   auto* const out = static_cast<float*>(memory.take(4 * count - 4));
-  cuda::philox_uniform(out, count, {1, 2, 0, 7, 3, 0}, kPlace);
+  cuda::philox_uniform(out, count, {1, 2, 0, 7, 3, 0}, place);
   finish("planted");
 }
 

@@ -48,6 +48,7 @@ def on_host() -> Iterator[ModuleType]:
     reset()
     set_thread_order("ascending")
     set_driver(DRIVER)
+    _counters().zero_()  # a kernel that was stopped leaves them
     native.extension, native.place = module, _place
     torch.use_deterministic_algorithms(True, warn_only=True)  # this is what fills torch.empty
     try:
@@ -104,7 +105,12 @@ def run_fault(name: str, out: Tensor, inputs: Tensor, *, planted: bool) -> None:
 
 
 def _place(device: torch.device) -> Any:
-    return _module().Place("base", device=0)
+    return _module().Place("base", device=0, counters=_counters().data_ptr())
+
+
+@functools.cache
+def _counters() -> Tensor:
+    return torch.zeros(_module().COUNTERS, dtype=torch.int32)
 
 
 @functools.cache

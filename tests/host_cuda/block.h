@@ -29,8 +29,17 @@ struct Thread {
   // How often it passed __syncwarp, and which such times of its warp's lanes lie before it.
   uint32_t time;
   std::array<uint32_t, kWarp> known;
+  // How often it passed __threadfence, and how often at the last barrier.
+  uint32_t fences, fences_at_barrier;
 
   int lane() const { return number % kWarp; }
+};
+
+// What a block let others know by an atomic of global memory: what each thread did before so many
+// of its fences, up to an epoch.
+struct Published {
+  uint64_t start, epoch;
+  std::vector<uint32_t> fences;
 };
 
 struct Counts {
@@ -45,6 +54,12 @@ struct Block {
   size_t shared = 0;  // bytes of dynamic shared memory
   // One clock over everything: the epochs in which the launch and the block began, and the present.
   uint64_t launch_start = 0, start = 0, epoch = 0;
+  // What lies before its next epoch: of the address of an atomic that was followed by a fence; and
+  // what lies before this one, by the epoch in which the other block began.
+  const void* met = nullptr;
+  int met_by = 0;  // the thread
+  uint32_t met_fences = 0;
+  std::map<uint64_t, const Published*> before;
 
   // The lanes of the warp that `thread` is in.
   Thread* warp(const Thread& thread) { return &threads[thread.number / kWarp * kWarp]; }
@@ -57,6 +72,8 @@ extern Block block;
 
 // Forgets the order of global memory, which a new launch does not need.
 void forget_global_memory();
+// The block has met at a barrier: what its thread learned from an atomic is the block's.
+void learn();
 void poison_dynamic_shared();
 
 // "thread (0,0,0)", "philox.cu:18".

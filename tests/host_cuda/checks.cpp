@@ -3,8 +3,12 @@
 // Two accesses to an element, one of them a write, must be ordered: by a barrier of the block, by
 // __syncwarp, or by being one thread's. Each thread knows for each lane of its warp the last
 // __syncwarp of that lane that lies before it (a vector clock); so a missing barrier is found in
-// whatever order the threads ran. Two blocks of a launch are never ordered.
+// whatever order the threads ran. Two blocks of a launch are ordered by
+// fences and an atomic of global memory alone: what threads did, then fenced, then brought to a
+// barrier lies before an atomic that a thread does after it; and after the block's next barrier lies
+// what blocks had so published at that address, where the thread fenced in between.
 #include <cstring>
+#include <list>
 #include <unordered_map>
 
 #include "block.h"
@@ -13,12 +17,32 @@ namespace on_host {
 namespace {
 
 std::unordered_map<const void*, Element> global_elements;
+std::unordered_map<const void*, std::list<Published>> published;
 alignas(1024) unsigned char shared_memory[kMaxShared];
 std::vector<Element> shared_elements;
 
+// Whether another block's touch lies before what this one does now.
+bool was_published(const Touch& touch) {
+  auto block_of = block.before.upper_bound(touch.epoch);
+  if (block_of == block.before.begin()) return false;
+  const Published& other = *(--block_of)->second;
+  return touch.epoch <= other.epoch && touch.fences < other.fences[touch.thread];
+}
+
+// The running thread does an atomic of global memory there.
+void publish(const void* address) {
+  Published now = {block.start, block.epoch, {}};
+  for (const Thread& thread : block.threads) {
+    const bool own = &thread == block.self;
+    now.fences.push_back(own ? thread.fences : thread.fences_at_barrier);
+  }
+  published[address].push_back(std::move(now));
+  block.met = address, block.met_by = block.self->number, block.met_fences = block.self->fences;
+}
+
 bool comes_before(const Touch& touch, uint64_t memory_start) {
   if (touch.epoch < memory_start) return true;
-  if (touch.epoch < block.start) return false;
+  if (touch.epoch < block.start) return was_published(touch);
   if (touch.epoch < block.epoch || touch.thread == block.self->number) return true;
   return touch.thread / kWarp == block.self->number / kWarp &&
          touch.time <= block.self->known[touch.thread % kWarp];
@@ -68,7 +92,8 @@ void check_order(Access access, const Target& target, Element& element, uint64_t
   if (access != Access::kAtomic) {
     for (const Touch& touch : element.atomics) check(Access::kAtomic, touch);
   }
-  const Touch now = {block.epoch, block.self->number, block.self->time, target.site};
+  const Touch now = {block.epoch, block.self->number, block.self->time, block.self->fences,
+                     target.site};
   if (access == Access::kRead) append(element.reads, now, memory_start);
   if (access == Access::kAtomic) append(element.atomics, now, memory_start);
   if (access == Access::kWrite) {
@@ -100,6 +125,7 @@ void touch_one(Access access, const Target& target) {
   if (!target.constant) {
     check_order(access, target, global_elements[target.address], block.launch_start);
   }
+  if (access == Access::kAtomic) publish(target.address);
 }
 
 }  // namespace
@@ -141,6 +167,17 @@ void poison_dynamic_shared() {
   std::memset(shared_memory, 0xFF, block.shared);
 }
 
-void forget_global_memory() { global_elements.clear(); }
+void forget_global_memory() {
+  global_elements.clear();
+  published.clear();
+}
+
+void learn() {
+  const bool fenced = block.met && block.threads[block.met_by].fences > block.met_fences;
+  if (fenced) {
+    for (const Published& other : published[block.met]) block.before[other.start] = &other;
+  }
+  block.met = nullptr;
+}
 
 }  // namespace on_host

@@ -140,7 +140,11 @@ void pass_barrier() {
       fail_block("divergent barrier: " + whereabouts(first) + "; " + whereabouts(thread));
     }
   }
-  for (Thread& thread : block.threads) thread.state = State::kReady;
+  learn();
+  for (Thread& thread : block.threads) {
+    thread.state = State::kReady;
+    thread.fences_at_barrier = thread.fences;
+  }
   ++block.epoch;
   scheduler.barrier_result = scheduler.agreed;
   scheduler.waiting = scheduler.agreed = 0;
@@ -169,6 +173,8 @@ void run_threads() {
 void run_block(uint3 index) {
   running.block = index;
   block.start = ++block.epoch;
+  block.met = nullptr;
+  block.before.clear();
   scheduler.waiting = scheduler.agreed = 0;
   poison_dynamic_shared();
   for (size_t i = 0; i < block.threads.size(); ++i) {
@@ -180,6 +186,7 @@ void run_block(uint3 index) {
     thread.state = State::kReady;
     thread.time = 1;
     thread.known.fill(0);
+    thread.fences = thread.fences_at_barrier = 0;
     const size_t guard = sysconf(_SC_PAGESIZE);
     thread.fiber.start(stack_of(thread.number) + guard, kStack - guard, enter);
   }
@@ -279,6 +286,8 @@ void sync_lanes(const char* primitive, Site site, unsigned mask) {
 }
 
 int lane() { return block.self->lane(); }
+
+void fence() { ++block.self->fences; }
 
 uint64_t block_serial() { return block.start; }
 

@@ -55,6 +55,9 @@ unsigned vote(const char* primitive, Site site, unsigned mask, bool predicate);
 void sync_lanes(const char* primitive, Site site, unsigned mask);
 int lane();
 
+// Of the running thread.
+void fence();
+
 enum class Access { kRead, kWrite, kAtomic };
 
 // One thread's access to an element.
@@ -62,6 +65,7 @@ struct Touch {
   uint64_t epoch = 0;  // counts the barriers of all blocks
   int thread = 0;
   uint32_t time = 0;  // counts the thread's __syncwarp
+  uint32_t fences = 0;  // counts its __threadfence
   Site site = {nullptr, 0};
 };
 

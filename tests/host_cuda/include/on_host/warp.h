@@ -1,4 +1,4 @@
-// Barriers, and what the lanes of a warp do together.
+// Barriers and fences, and what the lanes of a warp do together.
 #pragma once
 
 #include <cstring>
@@ -20,6 +20,8 @@ inline int __syncthreads_or(int predicate, ON_HOST_SITE) {
 inline int __syncthreads_and(int predicate, ON_HOST_SITE) {
   return on_host::wait_for_block("__syncthreads_and", {file, line}, predicate == 0) == 0;
 }
+
+inline void __threadfence() { on_host::fence(); }
 
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, ON_HOST_SITE) {
   on_host::sync_lanes("__syncwarp", {file, line}, mask);
