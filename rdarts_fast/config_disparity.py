@@ -126,7 +126,7 @@ class DisparityRetrainConfig(DisparityConfig, RetrainConfig):
     """Settings of training a found disparity network from scratch."""
 
     data_defaults: ClassVar[Mapping[str, Values]] = {
-        "motorcycle": {**_EMBEDDED, **_RETRAIN, "epochs": 40}
+        "motorcycle": {**_EMBEDDED, **_RETRAIN, "epochs": 60}
     }
     presets: ClassVar[Mapping[str, Values | None]] = {
         "default": None,
