@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from rdarts_fast.data import stereo
-from rdarts_fast.data.stereo import load_stereo, shrunk
+from rdarts_fast.data.stereo import load_stereo, shifted, shrunk
 from rdarts_fast.data.stereo_augmentation import (
     MEAN,
     StereoAugmentation,
@@ -301,6 +301,37 @@ def test_its_disparity_is_right_for_its_images() -> None:
         difference = (moved - found.left.double() / 255).abs().mean(dim=0)[inside]
         errors.append(difference.median().item())
     assert errors[0] < 0.6 * min(errors[1:])
+
+
+def test_its_training_crops_are_shifted() -> None:
+    """The lowest band is near, so that its disparities stay known under every shift."""
+    found, shifts = load_stereo("motorcycle"), []
+    whole = found.read("train", 3)
+    for i in range(16):
+        band = found.read("train", 4 * i + 3)
+        by = (i + 1) // 2 * 12 // 8 * (1 if i % 2 else -1)
+        kept, partner = (slice(max(s, 0), 370 + min(s, 0)) for s in (by, -by))
+        assert torch.equal(band.left, whole.left[..., kept])
+        assert torch.equal(band.right, whole.right[..., partner])
+        assert torch.equal(band.disparity, whole.disparity[:, kept] - by)
+        shifts.append(by)
+    assert sorted(shifts) == [-10, -9, -7, -6, -4, -3, -1, 0, 1, 3, 4, 6, 7, 9, 10, 12]
+
+
+@pytest.mark.parametrize("by", [0, 3, -3])
+def test_a_shifted_pair_has_the_disparity_of_its_images(by: int) -> None:
+    left = torch.arange(60, dtype=torch.uint8).view(3, 2, 10)
+    right = torch.roll(left, -4, dims=-1)  # left[x] is right[x - 4]
+    disparity = torch.full((2, 10), 4.0)
+    disparity[0, 5], disparity[1, 5] = 2.0, torch.inf
+    found = shifted(StereoSample(left, right, disparity), by)
+    width, at = 10 - abs(by), 5 - max(by, 0)
+    assert found.disparity.shape == (2, width)
+    assert found.disparity[:, at].tolist() == [2.0 - by if by <= 2 else math.inf, math.inf]
+    others = [x for x in range(width) if x != at]
+    assert (found.disparity[:, others] == 4.0 - by).all()
+    for x in range(4 - by, min(width, width + 4 - by)):
+        assert torch.equal(found.left[..., x], found.right[..., x - 4 + by])
 
 
 def test_without_scikit_image_the_extra_is_named(monkeypatch) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from rdarts_fast import analysis, bilevel, config_sources, memory, search, tasks
 from rdarts_fast.config import RandomSearchConfig, RetrainConfig, SearchConfig
+from rdarts_fast.config_disparity import DisparityRetrainConfig
 from rdarts_fast.curvature import hessian
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError
@@ -304,6 +305,10 @@ def test_a_task_has_its_own_settings_and_defaults(tmp_path) -> None:
     assert (published.batch_size, published.learning_rate, published.epochs) == (256, 20.0, 50)
     disparity = config_of({"task": "disparity", "preset": "paper"})
     assert (disparity.space, disparity.learning_rate) == ("disparity_small", 0.025)
+    training = {"task": "disparity", "source": "genotype.json"}
+    for given, norms in (({}, True), ({"preset": "quick"}, True), ({"preset": "paper"}, False)):
+        found = config_sources.from_settings(RetrainConfig, training | given)
+        assert isinstance(found, DisparityRetrainConfig) and found.batch_norm == norms
     assert config_of({"task": "classification"}) == config_of({})
     with pytest.raises(UserError, match='unknown task "lang"'):
         config_of({"task": "lang"})

@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ _LAYOUTS: dict[str, Callable[[Path, str], Split]] = {
     "folder": stereo_files.stereo_folder,
 }
 MOTORCYCLE_BANDS = 4  # of rows; the first and third are the weights' half, the others the alphas'
-MOTORCYCLE_CROPS = 16  # training crops that an epoch takes from each band
+MOTORCYCLE_CROPS = 16  # training crops that an epoch takes from each band, each of another shift
+MOTORCYCLE_SHIFT = 12  # columns, the largest: 0, 1, -1, 3, -3, 4, -4, 6 .. 12
 KEPT_BYTES = 2 << 30  # of decoded pairs that stay in memory
 
 
@@ -171,6 +173,21 @@ def shrunk(sample: StereoSample, by: int) -> StereoSample:
     return StereoSample(views[0], views[1], torch.where(share > 0, mean / share / by, torch.inf))
 
 
+def shifted(sample: StereoSample, by: int) -> StereoSample:
+    """Return a pair whose disparities are less by `by` columns (more where it is negative): its
+    views are cut by so many, at opposite sides.
+
+    Disparities that would be below 0 become unknown: no network here can predict them.
+    """
+    kept, partner = (slice(max(s, 0), min(s, 0) or None) for s in (by, -by))
+    disparity = sample.disparity[:, kept]
+    return StereoSample(
+        sample.left[..., kept].contiguous(),
+        sample.right[..., partner].contiguous(),
+        torch.where(disparity >= by, disparity - by, torch.inf),
+    )
+
+
 def load_stereo(name: str, *, shrink: int = 1) -> StereoSet:
     """Load one of STEREO_SETS. shrink: 2 is the paper's search, on images of half the size.
 
@@ -197,7 +214,8 @@ def motorcycle(shrink: int = 1) -> StereoSet:
     """Return the Motorcycle pair of Middlebury 2014: its left half trains, its right half tests.
 
     Both views are cut at the same column, so that no part sees pixels of the other. The training
-    part is four bands of rows, each many times an epoch because every crop of it is another.
+    part is four bands of rows, each many times an epoch because every crop of it is another. Each
+    time its views are shifted otherwise, lest a network learn by heart how far away what is.
     Raises UserError without scikit-image.
     """
     try:
@@ -212,15 +230,20 @@ def motorcycle(shrink: int = 1) -> StereoSet:
     whole = StereoSample(left, right, torch.from_numpy(disparity.astype(np.float32)))
     middle = disparity.shape[1] // 2
     edges = [i * disparity.shape[0] // MOTORCYCLE_BANDS for i in range(MOTORCYCLE_BANDS + 1)]
-    bands = [
-        StereoArrays(_part(whole, slice(edges[i], edges[i + 1]), slice(0, middle)))
-        for i in range(MOTORCYCLE_BANDS)
-    ]
+    bands = [_part(whole, slice(*ends), slice(0, middle)) for ends in pairwise(edges)]
+    train = [StereoArrays(shifted(band, shift)) for shift in _motorcycle_shifts() for band in bands]
     numbers = torch.arange(MOTORCYCLE_BANDS * MOTORCYCLE_CROPS)
     even = numbers % MOTORCYCLE_BANDS % 2 == 0
     test = StereoArrays(_part(whole, slice(None), slice(middle, None)))
     halves = (numbers[even], numbers[~even])
-    return StereoSet("motorcycle", tuple(bands * MOTORCYCLE_CROPS), (test,), halves, shrink)
+    return StereoSet("motorcycle", tuple(train), (test,), halves, shrink)
+
+
+def _motorcycle_shifts() -> list[int]:
+    """Return the shifts of a band's crops: of both signs in turn, the first 0."""
+    steps = [(i + 1) // 2 for i in range(MOTORCYCLE_CROPS)]
+    sizes = [step * MOTORCYCLE_SHIFT // max(steps) for step in steps]
+    return [size if i % 2 else -size for i, size in enumerate(sizes)]
 
 
 def _part(sample: StereoSample, rows: slice, columns: slice) -> StereoSample:
