@@ -30,6 +30,9 @@ Table table_of(int dtype, const Shape& shape, const TableAt& at) {
 // A row, an index into the weights and whether it is normalised, for each term.
 using TermsAt = std::tuple<std::vector<int>, std::vector<int>, std::vector<bool>, Address>;
 
+// Whether the kernels' tables hold such an index.
+bool fits(int i) { return i >= 0 && i <= UINT16_MAX; }
+
 Terms terms_of(const Table& table, const TermsAt& at) {
   const auto& [rows, weights, normalised, address] = at;
   if (rows.empty() || rows.size() > kMostInputs || rows.size() != weights.size() ||
@@ -39,7 +42,6 @@ Terms terms_of(const Table& table, const TermsAt& at) {
         std::to_string(rows.size()) + ", " + std::to_string(weights.size()) + " and " +
         std::to_string(normalised.size()));
   }
-  const auto fits = [](int i) { return i >= 0 && i <= UINT16_MAX; };
   if (!std::all_of(rows.begin(), rows.end(), fits) ||
       !std::all_of(weights.begin(), weights.end(), fits)) {
     throw std::invalid_argument("terms: expected rows and weights from 0 to 65535");
@@ -130,8 +132,9 @@ void node_backward_at(int dtype, const Shape& shape, const Numbers& tensors, con
   TermGradients n = {};
   n.terms = terms_of(table_of(dtype, shape, table), terms);
   const Drawn drawn = drawn_of(noise);
-  if (drawn_weights.size() != static_cast<size_t>(drawn.count)) {
-    throw std::invalid_argument("drawn_weights: expected one a site");
+  if (drawn_weights.size() != static_cast<size_t>(drawn.count) ||
+      !std::all_of(drawn_weights.begin(), drawn_weights.end(), fits)) {
+    throw std::invalid_argument("drawn_weights: expected one a site, from 0 to 65535");
   }
   double* const drawn_sums = pointer<double>(buffer);
   double* const sums = drawn_sums + drawn.count;

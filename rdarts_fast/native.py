@@ -122,7 +122,9 @@ def place(device: torch.device) -> Any:
         stream = torch.cuda.current_stream(index).cuda_stream
         # A graph's are made before it: memory that it made would be zeros only when it is replayed.
         counters = _counters(index, None)
-        if not torch.cuda.is_current_stream_capturing():
+        with torch.cuda.device(index):
+            captures = torch.cuda.is_current_stream_capturing()
+        if not captures:
             counters = _counters(index, stream)
         address = counters.data_ptr()
         return extension.Place(cpu_unit(), device=index, stream=stream, counters=address)
@@ -131,7 +133,9 @@ def place(device: torch.device) -> Any:
 
 @functools.cache
 def _counters(index: int, stream: int | None) -> Tensor:
-    """Return what tells the last block of a launch on that stream; None: in any recorded graph."""
+    """Return what tells the last block of a launch on that stream; None: in any recorded graph, of
+    which no two may run at once on one device.
+    """
     return torch.zeros(extension.COUNTERS, dtype=torch.int32, device=torch.device("cuda", index))
 
 

@@ -199,7 +199,7 @@ def test_search_step_prints_a_line_of_json_a_row(printed) -> None:
     assert row["rounds"] == 5
 
 
-def test_a_step_dispatches_a_tenth_of_the_operations() -> None:
+def test_a_step_dispatches_and_launches_a_fraction_of_the_operations() -> None:
     ours, theirs = (counts.count(name, Setup("s2")) for name in (OURS, "eager"))
     assert 60 * ours.operations <= theirs.operations
     assert 7 * ours.kernels <= theirs.kernels

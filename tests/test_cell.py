@@ -279,6 +279,32 @@ def test_a_stem_of_another_kind_runs_as_it_is() -> None:
             assert (a - b).abs().max() <= 1e-10 * (1 + a.abs().max())
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_one_input_alone_has_its_gradient(layer: int, which: int) -> None:
+    found = []
+    for net in two("s2", channels=4, layers=3):
+        cell = net.cells[layer].requires_grad_(False)
+        channels = [
+            next(m.in_channels for m in part.modules() if isinstance(m, torch.nn.Conv2d))
+            for part in (cell.preprocess0, cell.preprocess1)
+        ]
+        generator = torch.Generator().manual_seed(0)
+        h = 16 if "Factorized" in type(cell.preprocess0).__name__ else 8
+        sizes = [(channels[0], h), (channels[1], 8)]
+        inputs = [
+            torch.randn(3, c, size, size, generator=generator, dtype=torch.float64)
+            for c, size in sizes
+        ]
+        inputs[which].requires_grad_()
+        weights = torch.rand(14, 2, generator=generator, dtype=torch.float64)
+        nodes = cell([inputs[0]], [inputs[1]], weights, Draws(5), 0.0)
+        out = torch.cat(nodes, dim=1)
+        loss = (torch.arange(1, 1 + out.shape[1])[:, None, None] * out.square()).sum()
+        found.append(torch.autograd.grad(loss, inputs[which])[0])
+    assert (found[0] - found[1]).abs().max() <= 1e-10 * found[0].abs().max()
+
+
 @pytest.mark.parametrize("space", ["s1", "s4"])
 def test_the_same_bits_again_and_on_two_threads(space: str) -> None:
     cell = Supernet(space, channels=5, layers=3).cells[1]  # a reduction

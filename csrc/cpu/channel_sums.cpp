@@ -28,6 +28,12 @@ inline void repeat(int64_t size, int64_t period, const Body& body) {
   }
 }
 
+// Numbers that a sum in the array's type gets of a tile.
+template <typename T>
+int64_t repetitions(const Runs& r, int64_t size) {
+  return size / (in_blocks<T>(r) ? r.channels : r.period);
+}
+
 // sum += z - pivot, square += (z - pivot)^2
 template <typename T, bool inner>
 void centred_tile(const T* __restrict z, const T* __restrict pivot, T* __restrict sum,
@@ -85,7 +91,7 @@ void sums_of_samples(const ChannelSums& a, const Runs& r, int64_t from, int64_t 
           const T* const tile = z.tile(n, run, begin, size);
           if (blocks) centred_blocks(tile, pivot.data(), sum.data(), square.data(), size, r.channels);
           else add(tile, pivot.data(), sum.data(), square.data(), size, r.period);
-          since += size / r.period;
+          since += repetitions<T>(r, size);
           if (since >= kFlushed) flush_both();
         });
         flush_both();
@@ -219,7 +225,7 @@ void products_of_samples(const NodeSumDq& a, const Runs& r, int64_t from, int64_
         add(gradient, once.data(), length, r.period);
         for (int k = 0; k < a.inputs; ++k) tiles[k] = z[k].tile(n, run, begin, length);
         product_tiles(gradient, tiles, pivots.data(), products.data(), length, r);
-        since += length / r.period;
+        since += repetitions<T>(r, length);
         if (since >= kFlushed) flush_all();
       });
       flush_all();

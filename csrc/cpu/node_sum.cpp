@@ -72,7 +72,7 @@ void accumulate_blocks(T* total, const T* const* z, const T* const* scale, const
   }
 }
 
-// total = all terms; the pattern of the coefficients is `period` long.
+// total = all terms, of which there is one at least.
 template <typename T, bool inner>
 void accumulate_all(T* total, const std::vector<const T*>& z, const std::vector<const T*>& scale,
                     const std::vector<const T*>& shift, int64_t size, const Runs& r) {
@@ -245,8 +245,7 @@ void affine_blocks(T* out, const T* g, const T* z, const T* by_g, const T* by_z,
     };
     if (g && z) each([&](int64_t i) { return a * load(g + i) + (b * load(z + i) + c); });
     else if (g) each([&](int64_t i) { return a * load(g + i) + c; });
-    else if (z) each([&](int64_t i) { return b * load(z + i) + c; });
-    else each([&](int64_t) { return c; });
+    else each([&](int64_t i) { return b * load(z + i) + c; });
   }
 }
 

@@ -102,7 +102,9 @@ struct FinishedSums {
     RunningOf<Sum> running = {running_mean[e].data != nullptr, Sum(0), Sum(0)};
     if (running.exist) running.mean = running_mean[e][c], running.var = running_var[e][c];
     const Statistics s = statistics_of(rule, sum, square, pivot, running);
-    if (running.exist) running_mean[e][c] = running.mean, running_var[e][c] = running.var;
+    if (running.exist && rule.training) {
+      running_mean[e][c] = running.mean, running_var[e][c] = running.var;
+    }
     mean[i] = s.mean, rstd[i] = s.rstd;
     if (!scale.data) return;
     const MapOf<Sum> map(1.0, s);

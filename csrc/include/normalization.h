@@ -59,7 +59,9 @@ RDARTS_BODY void normalize_channel(const Normalization& a, int k, int64_t c) {
     double sums[3] = {};
     for (int i = 0; a.rule.training && i < 3; ++i) sums[i] = a.sums[k][c + i * a.apart[k]];
     s = statistics_of(a.rule, sums[0], sums[1], sums[2], running);
-    if (running.exist) running_mean[c] = running.mean, running_var[c] = running.var;
+    if (running.exist && a.rule.training) {
+      running_mean[c] = running.mean, running_var[c] = running.var;
+    }
   }
   a.mean[i] = s.mean;
   a.rstd[i] = s.rstd;

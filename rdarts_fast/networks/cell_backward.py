@@ -72,8 +72,8 @@ class CellBackward(CellPass):
                 self.factors_of(found.edges),
                 self.drawn(node, self.kept.noise.get(state)),
             )
-        wanted = [i for i in range(INPUTS) if self.wants_inputs[i] or self.wants_parameters]
-        self.gradients_of(wanted, None)
+        if any(self.wants_inputs) or self.wants_parameters:
+            self.gradients_of(range(INPUTS), None)  # both: they share launches
         dinputs = [self.preprocess_backward(*pair) for pair in enumerate(self.plan.inputs)]
         return [dweights, *(dv for found in dinputs for dv in found), *self.dparameters]
 

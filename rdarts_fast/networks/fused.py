@@ -39,7 +39,8 @@ def fused_cell(
     passes: bool = False,
 ) -> list[Tensor]:
     """Return the nodes of a cell, [N, C, H, W] each, channels innermost; with `passes` the tensors
-    of its second input follow, to whose gradients this cell's backward pass then adds.
+    of its second input follow, to whose gradients this cell's backward pass then adds, in place:
+    nothing else may hold them.
 
     cell: a SearchCell. plan: its, which is whole. inputs: the two, each as the tensors whose
     channels make it up, all of one size. weights: [E, O]. factors: drop path's, [E, N] or None.
@@ -103,7 +104,7 @@ def fused_stem(stem: nn.Module, images: Tensor) -> Tensor:
         or norm.running_var is None
     ):
         plain: Tensor = stem(images)
-        return plain
+        return plain.contiguous(memory_format=torch.channels_last)
     z = convolution(images.contiguous(memory_format=torch.channels_last))
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -210,8 +211,12 @@ def _recorded_backward(
     with _as_it_was(setting, parameters):
         nodes = composed_cell(setting.cell, inputs, weights, setting.draws, setting.factors)
     results = [*nodes, *inputs[1]] if setting.passes else nodes
+    # An input passed on may have no gradient: alphas alone make autograd send one.
     pairs = [(x, g) for x, g in zip(results, given, strict=True) if g is not None]
+    pairs = [(x, g) for x, g in pairs if x.requires_grad]
     wanted = [alias for alias, need in zip(aliases, needs, strict=True) if need]
+    if not pairs:
+        return [None for _ in needs]
     results, g = [x for x, _ in pairs], [g for _, g in pairs]
     found = iter(torch.autograd.grad(results, wanted, g, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]

@@ -141,7 +141,8 @@ class SearchCell(nn.Module):
         passes: bool = False,
     ) -> list[Tensor]:
         """Return the tensors whose channels make up the cell's output; with `passes` those of s1
-        follow, for the next cell: what comes back to them is then added by this one's kernels.
+        follow, for the next cell: what comes back to them is then added by this one's kernels, in
+        place, so that nothing else may hold those gradients.
 
         s0, s1: likewise of the cell before the last and of the last. weights: [E, O].
         """
@@ -292,8 +293,10 @@ class Supernet(SearchNetwork):
         s0 = s1 = [fused_stem(self.stem, images) if self.backend == "fused" else self.stem(images)]
         for cell in self.cells:
             assert isinstance(cell, SearchCell)
-            found = cell(s0, s1, weights[cell.kind], draws, self.drop_path_prob, passes=True)
-            s0, s1 = found[-len(s1) :], found[: -len(s1)]
+            # What has no gradient is not passed on: it would get one by the alphas' alone.
+            passes = any(x.requires_grad for x in s1)
+            found = cell(s0, s1, weights[cell.kind], draws, self.drop_path_prob, passes=passes)
+            s0, s1 = (found[-len(s1) :], found[: -len(s1)]) if passes else (s1, found)
         means = torch.cat([x.mean(dim=(2, 3)) for x in s1], dim=1)
         logits: Tensor = self.classifier(means)
         return logits
