@@ -154,8 +154,7 @@ class SearchConfig(SupernetConfig):
     noise_per_pass: Literal["fresh", "shared"] = "fresh"
     """fresh: noise and masks anew in each forward pass, as published; shared: once a step."""
     graph: bool = True
-    """On a GPU: record a step of classification, and a product of lambda_max, as CUDA graphs and
-    replay them; --no-graph to look for an error."""
+    """On a GPU: steps and lambda_max's products as CUDA graphs; --no-graph to look for errors."""
     alpha_learning_rate: float = 3e-4
     """Adam's learning rate on the alphas."""
     alpha_beta1: float = 0.5
