@@ -94,15 +94,14 @@ def cases(backend: str):
 
 @pytest.mark.parametrize("channels", [7, 16, 32])
 def test_sums_in_float32_are_of_short_blocks(backend: str, channels: int) -> None:
-    """A block's numbers are added in the arrays' type: of 64 of them the rounding is not seen."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.rand(4, channels, 32, 32, generator=generator)
+    """A block's numbers are added in the arrays' type, here equal ones, whose roundings add up."""
+    z = torch.full((4, channels, 32, 32), 1 / 3)
     z = z.contiguous(memory_format=torch.channels_last).to(device_of(backend))
     pivot = torch.zeros(1, channels, device=z.device)
     for got, expected in zip(
         channel_sums([z], pivot), channel_sums_twin([z.double()], pivot.double()), strict=True
     ):
-        assert ((got - expected) / expected).abs().max() < 2e-7
+        assert ((got - expected) / expected).abs().max() < 5e-7
 
 
 def test_a_node_sum_may_take_the_place_of_any_of_its_terms(backend: str) -> None:
