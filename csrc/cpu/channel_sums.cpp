@@ -1,8 +1,8 @@
 // Sums per channel, in float64 from short blocks in the arrays' type:
 //   channel_sums   sum (z_k - pivot),  sum (z_k - pivot)^2
 //   node_sum_dq    sum f g (z_k - pivot),  sum f g,  sum f_j g N(0, 1)
-// Each sample has its own sums; then they are added in the order of the samples, so that no bit
-// depends on the number of threads.
+// A piece of the samples, the same for any number of threads, has its own sums; then they are added
+// in the order of the pieces.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -28,10 +28,10 @@ inline void repeat(int64_t size, int64_t period, const Body& body) {
   }
 }
 
-// Numbers that a sum in the array's type gets of a tile.
+// Elements of which each sum in the array's type has kFlushed.
 template <typename T>
-int64_t repetitions(const Runs& r, int64_t size) {
-  return size / (in_blocks<T>(r) ? r.channels : r.period);
+int64_t flushed(const Runs& r) {
+  return kFlushed * (in_blocks<T>(r) ? r.channels : r.period);
 }
 
 // sum += z - pivot, square += (z - pivot)^2
@@ -63,20 +63,21 @@ void centred_blocks(const T* z, const T* pivot, T* sum, T* square, int64_t size,
   }
 }
 
-// sums: [N, 2, K, C], those of samples [from, to).
+// sums: [2, K, C], those of samples [from, to).
 template <typename T>
 void sums_of_samples(const ChannelSums& a, const Runs& r, int64_t from, int64_t to,
                      const double* pivots, double* sums) {
   const int64_t plane = a.inputs * r.channels;
-  std::fill_n(sums + from * 2 * plane, (to - from) * 2 * plane, 0.0);
+  std::fill_n(sums, 2 * plane, 0.0);
   std::vector<T> pivot(r.period), sum(r.period, T(0)), square(r.period, T(0));
   const auto add = r.inner ? centred_tile<T, true> : centred_tile<T, false>;
   const bool blocks = in_blocks<T>(r);
+  const int64_t most = flushed<T>(r);
   for (int k = 0; k < a.inputs; ++k) {
     Reader<T> z(a.z[k], r);
     const int64_t row = k * r.channels;
+    double* const own = sums + row;
     for (int64_t n = from; n < to; ++n) {
-      double* const own = sums + n * 2 * plane + row;
       for (int64_t run = 0; run < r.count; ++run) {
         if (n == from || r.count > 1) {
           spread(r, run, pivot.data(), [&](int64_t c) { return static_cast<T>(pivots[row + c]); });
@@ -91,8 +92,8 @@ void sums_of_samples(const ChannelSums& a, const Runs& r, int64_t from, int64_t 
           const T* const tile = z.tile(n, run, begin, size);
           if (blocks) centred_blocks(tile, pivot.data(), sum.data(), square.data(), size, r.channels);
           else add(tile, pivot.data(), sum.data(), square.data(), size, r.period);
-          since += repetitions<T>(r, size);
-          if (since >= kFlushed) flush_both();
+          since += size;
+          if (since >= most) flush_both();
         });
         flush_both();
       }
@@ -118,10 +119,11 @@ void channel_sums_of(const ChannelSums& a, const Runs& r, int threads) {
     first_elements<T>(a, r, a.sums + 2 * plane);
     pivots = a.sums + 2 * plane;
   }
-  parallel_for(r.samples, samples_of(r), threads, [&](int64_t from, int64_t to) {
-    sums_of_samples<T>(a, r, from, to, pivots, a.workspace);
+  const int64_t grain = samples_of(r);
+  parallel_for(r.samples, grain, threads, [&](int64_t from, int64_t to) {
+    sums_of_samples<T>(a, r, from, to, pivots, a.workspace + from / grain * 2 * plane);
   });
-  combine(a.workspace, r.samples, 2 * plane, a.sums);
+  combine(a.workspace, pieces_of(r), 2 * plane, a.sums);
 }
 
 // sum += g (z - pivot)
@@ -188,12 +190,13 @@ void plain_tile(const T* __restrict g, T* __restrict sum, int64_t size, int64_t 
   });
 }
 
-// The products of samples [from, to); sums: [N, size], of which a sample's first are [2, K, C].
+// The products of samples [from, to), [2, K, C].
 template <typename T>
-void products_of_samples(const NodeSumDq& a, const Runs& r, int64_t from, int64_t to, int64_t size,
+void products_of_samples(const NodeSumDq& a, const Runs& r, int64_t from, int64_t to,
                          double* sums) {
   const int64_t plane = a.inputs * r.channels;
-  std::vector<double> plain(r.channels);
+  std::vector<double> plain(r.channels), product(plane);  // without the factors
+  std::fill_n(sums, 2 * plane, 0.0);
   std::vector<T> pivots(a.inputs * r.period), products(a.inputs * r.period, T(0));
   std::vector<T> once(r.period, T(0));
   std::vector<Reader<T>> z;
@@ -201,11 +204,19 @@ void products_of_samples(const NodeSumDq& a, const Runs& r, int64_t from, int64_
   Reader<T> g(a.g, r);
   const auto add = r.inner ? plain_tile<T, true> : plain_tile<T, false>;
   std::vector<const T*> tiles(a.inputs);
+  const int64_t most = flushed<T>(r);
   const T* const factors = static_cast<const T*>(a.factors);
+  const auto add_products = [&](int64_t n) {
+    for (int k = 0; k < a.inputs; ++k) {
+      const double factor = factors ? factors[k * r.samples + n] : 1.0;
+      for (int64_t c = 0; c < r.channels; ++c) {
+        sums[k * r.channels + c] += factor * product[k * r.channels + c];
+        sums[plane + k * r.channels + c] += factor * plain[c];
+      }
+    }
+    std::fill(product.begin(), product.end(), 0.0), std::fill(plain.begin(), plain.end(), 0.0);
+  };
   for (int64_t n = from; n < to; ++n) {
-    double* const own = sums + n * size;
-    std::fill_n(own, 2 * plane, 0.0);
-    std::fill(plain.begin(), plain.end(), 0.0);
     for (int64_t run = 0; run < r.count; ++run) {
       for (int k = 0; k < a.inputs && (n == from || r.count > 1); ++k) {
         spread(r, run, &pivots[k * r.period], [&](int64_t c) {
@@ -215,7 +226,7 @@ void products_of_samples(const NodeSumDq& a, const Runs& r, int64_t from, int64_
       int64_t since = 0;
       const auto flush_all = [&] {
         for (int k = 0; k < a.inputs; ++k) {
-          flush(r, run, &products[k * r.period], own + k * r.channels);
+          flush(r, run, &products[k * r.period], &product[k * r.channels]);
         }
         flush(r, run, once.data(), plain.data());
         since = 0;
@@ -225,22 +236,16 @@ void products_of_samples(const NodeSumDq& a, const Runs& r, int64_t from, int64_
         add(gradient, once.data(), length, r.period);
         for (int k = 0; k < a.inputs; ++k) tiles[k] = z[k].tile(n, run, begin, length);
         product_tiles(gradient, tiles, pivots.data(), products.data(), length, r);
-        since += repetitions<T>(r, length);
-        if (since >= kFlushed) flush_all();
+        since += length;
+        if (since >= most) flush_all();
       });
       flush_all();
     }
-    for (int k = 0; k < a.inputs; ++k) {
-      const double factor = factors ? factors[k * r.samples + n] : 1.0;
-      for (int64_t c = 0; c < r.channels; ++c) {
-        own[k * r.channels + c] *= factor;
-        own[plane + k * r.channels + c] = factor * plain[c];
-      }
-    }
+    if (factors || n + 1 == to) add_products(n);
   }
 }
 
-// sums[j] = f_j * sum of g N(0, 1) over one sample.
+// sums[j] += f_j * sum of g N(0, 1) over one sample.
 template <typename T>
 void drawn_of_sample(const NodeSumDq& a, const Runs& r, int64_t n, double* sums /* [J] */) {
   if (a.drawn.count == 0) return;
@@ -258,7 +263,6 @@ void drawn_of_sample(const NodeSumDq& a, const Runs& r, int64_t n, double* sums 
   for (int j = 0; j < a.drawn.count; ++j) {
     const T* const factors = static_cast<const T*>(a.drawn.factors);
     const double factor = factors ? factors[j * r.samples + n] : 1.0;
-    sums[j] = 0.0;
     if (factor == 0.0) continue;
     PhiloxStart start = a.drawn.start;
     start.c1 = a.drawn.sites[j];
@@ -283,12 +287,15 @@ void drawn_of_sample(const NodeSumDq& a, const Runs& r, int64_t n, double* sums 
 template <typename T>
 void node_sum_dq_of(const NodeSumDq& a, const Runs& r, int threads) {
   const int64_t plane = a.inputs * r.channels, size = 2 * plane + a.drawn.count;
-  parallel_for(r.samples, samples_of(r), threads, [&](int64_t from, int64_t to) {
-    products_of_samples<T>(a, r, from, to, size, a.workspace);
-    for (int64_t n = from; n < to; ++n) drawn_of_sample<T>(a, r, n, a.workspace + n * size + 2 * plane);
+  const int64_t grain = samples_of(r);
+  parallel_for(r.samples, grain, threads, [&](int64_t from, int64_t to) {
+    double *const own = a.workspace + from / grain * size, *const drawn = own + 2 * plane;
+    products_of_samples<T>(a, r, from, to, own);
+    std::fill_n(drawn, a.drawn.count, 0.0);
+    for (int64_t n = from; n < to; ++n) drawn_of_sample<T>(a, r, n, drawn);
   });
   std::vector<double> total(size);
-  combine(a.workspace, r.samples, size, total.data());
+  combine(a.workspace, pieces_of(r), size, total.data());
   std::copy_n(total.data(), 2 * plane, a.sums);
   std::copy_n(total.data() + 2 * plane, a.drawn.count, a.drawn_sums);
 }

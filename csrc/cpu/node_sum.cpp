@@ -138,12 +138,9 @@ template <typename T, bool inner>
 class SampleSum {
  public:
   SampleSum(const NodeSum& a, const Runs& r)
-      : a_(a), r_(r), scales_(a.inputs * r.period), shifts_(a.inputs * r.period), z_(a.inputs),
-        scale_(a.inputs), shift_(a.inputs), factors_(a.inputs, T(1)) {
-    for (int k = 0; k < a.inputs; ++k) {
-      readers_.emplace_back(a.z[k], r);
-      scale_[k] = &scales_[k * r.period], shift_[k] = &shifts_[k * r.period];
-    }
+      : a_(a), r_(r), scales_(inner ? a.inputs * r.period : 0), shifts_(scales_.size()),
+        z_(a.inputs), scale_(a.inputs), shift_(a.inputs, &none_), factors_(a.inputs, T(1)) {
+    for (int k = 0; k < a.inputs; ++k) readers_.emplace_back(a.z[k], r);
   }
 
   // Takes the coefficients of a run of a sample.
@@ -153,11 +150,17 @@ class SampleSum {
     for (int k = 0; k < a_.inputs; ++k) {
       factors_[k] = at<T>(a_.factors, k * r_.samples + n, T(1));
       if (same) continue;
-      const int64_t row = k * r_.channels;
-      spread(r_, run, &scales_[k * r_.period],
-             [&](int64_t c) { return static_cast<const T*>(a_.scale)[row + c]; });
-      spread(r_, run, &shifts_[k * r_.period],
-             [&](int64_t c) { return at<T>(a_.shift, row + c, T(0)); });
+      const T* const scale = static_cast<const T*>(a_.scale) + k * r_.channels;
+      const T* const shift = static_cast<const T*>(a_.shift) + (a_.shift ? k * r_.channels : 0);
+      if (!inner) {
+        scale_[k] = scale + run;
+        if (shift) shift_[k] = shift + run;
+        continue;
+      }
+      T *const scales = &scales_[k * r_.period], *const shifts = &shifts_[k * r_.period];
+      spread(r_, run, scales, [&](int64_t c) { return scale[c]; });
+      spread(r_, run, shifts, [&](int64_t c) { return shift ? shift[c] : T(0); });
+      scale_[k] = scales, shift_[k] = shifts;
     }
   }
 
@@ -180,7 +183,8 @@ class SampleSum {
   const NodeSum& a_;
   const Runs& r_;
   std::vector<Reader<T>> readers_;
-  std::vector<T> scales_, shifts_;  // a pattern an input
+  std::vector<T> scales_, shifts_;  // a pattern an input, where channels are innermost
+  const T none_ = T(0);
   std::vector<const T*> z_, scale_, shift_;
   std::vector<T> factors_;
   int64_t n_ = 0, run_ = -1;
@@ -212,44 +216,75 @@ void sum_samples(const NodeSum& a, const Runs& r, int64_t from, int64_t to) {
   }
 }
 
-// out = by_g g + by_z z + constant on one tile; a null tensor is absent.
-template <typename T, bool inner>
+// out = by_g g + by_z z + constant on one tile; a null tensor is absent. Coefficients repeat after
+// `period` elements.
+template <typename T>
 void affine_tile(T* __restrict out, const T* __restrict g, const T* __restrict z,
                  const T* __restrict by_g, const T* __restrict by_z, const T* __restrict constant,
                  int64_t size, int64_t period) {
-  const int64_t repetition = inner ? period : size;
-  for (int64_t begin = 0; begin < size; begin += repetition) {
-    const int64_t length = std::min(repetition, size - begin);
+  for (int64_t begin = 0; begin < size; begin += period) {
+    const int64_t length = std::min(period, size - begin);
     for (int64_t i = 0; g && z && i < length; ++i) {
-      const T rest = pick<inner>(by_z, i) * z[begin + i] + pick<inner>(constant, i);
-      out[begin + i] = pick<inner>(by_g, i) * g[begin + i] + rest;
+      out[begin + i] = by_g[i] * g[begin + i] + (by_z[i] * z[begin + i] + constant[i]);
     }
-    for (int64_t i = 0; g && !z && i < length; ++i) {
-      out[begin + i] = pick<inner>(by_g, i) * g[begin + i] + pick<inner>(constant, i);
-    }
-    for (int64_t i = 0; !g && i < length; ++i) {
-      out[begin + i] = pick<inner>(by_z, i) * z[begin + i] + pick<inner>(constant, i);
-    }
+    for (int64_t i = 0; g && !z && i < length; ++i) out[begin + i] = by_g[i] * g[begin + i] + constant[i];
+    for (int64_t i = 0; !g && i < length; ++i) out[begin + i] = by_z[i] * z[begin + i] + constant[i];
+  }
+}
+
+template <bool past, typename T>
+void put(T* to, const Vec<T>& vector) {
+  if constexpr (past) store_past_cache<T>(to, vector);
+  else store<T>(to, vector);
+}
+
+// store(i, value of the vector at i) of by_g g + by_z z + constant for i = first, first + step, ...
+template <typename T, typename Store>
+inline void affine_vectors(const T* g, const T* z, const Vec<T>& a, const Vec<T>& b,
+                           const Vec<T>& c, int64_t first, int64_t size, int64_t step,
+                           const Store& store) {
+  if (g && z) {
+    for (int64_t i = first; i < size; i += step) store(i, a * load(g + i) + (b * load(z + i) + c));
+  } else if (g) {
+    for (int64_t i = first; i < size; i += step) store(i, a * load(g + i) + c);
+  } else {
+    for (int64_t i = first; i < size; i += step) store(i, b * load(z + i) + c);
   }
 }
 
 // The same where channels lie innermost in whole vectors: a block of them at a time.
-template <typename T>
+template <typename T, bool past>
 void affine_blocks(T* out, const T* g, const T* z, const T* by_g, const T* by_z, const T* constant,
                    int64_t size, int64_t channels) {
-  constexpr int L = kVector<T>;
-  for (int64_t block = 0; block < channels; block += L) {
-    const Vec<T> a = load(by_g + block), b = load(by_z + block), c = load(constant + block);
-    const auto each = [&](const auto& value) {
-      for (int64_t i = block; i < size; i += channels) store<T>(out + i, value(i));
-    };
-    if (g && z) each([&](int64_t i) { return a * load(g + i) + (b * load(z + i) + c); });
-    else if (g) each([&](int64_t i) { return a * load(g + i) + c; });
-    else each([&](int64_t i) { return b * load(z + i) + c; });
+  for (int64_t block = 0; block < channels; block += kVector<T>) {
+    affine_vectors<T>(g, z, load(by_g + block), load(by_z + block), load(constant + block), block,
+                      size, channels, [&](int64_t i, const Vec<T>& v) { put<past, T>(out + i, v); });
   }
 }
 
+// The same for a channel's plane, which has one of each coefficient.
+template <typename T, bool past>
+void affine_plane(T* out, const T* g, const T* z, const T* by_g, const T* by_z, const T* constant,
+                  int64_t size, int64_t) {
+  constexpr int L = kVector<T>;
+  const Vec<T> a = Vec<T>{} + *by_g, b = Vec<T>{} + *by_z, c = Vec<T>{} + *constant;
+  const int64_t whole = size / L * L;
+  affine_vectors<T>(g, z, a, b, c, 0, whole, L,
+                    [&](int64_t i, const Vec<T>& v) { put<past, T>(out + i, v); });
+  const int64_t rest = size - whole;
+  if (rest == 0) return;
+  const Vec<T> x = g ? load_part(g + whole, rest) : Vec<T>{};
+  const Vec<T> y = z ? load_part(z + whole, rest) : Vec<T>{};
+  affine_vectors<T>(g ? (const T*)&x : nullptr, z ? (const T*)&y : nullptr, a, b, c, 0, 1, L,
+                    [&](int64_t, const Vec<T>& v) { store_part<T>(out + whole, v, rest); });
+}
+
 constexpr int64_t kLong = 8;  // tiles at once of each tensor
+constexpr int64_t kOwn = int64_t{1} << 20;  // bytes that a core's own cache holds for who reads next
+
+int64_t outputs_of(const Affine& a) {
+  return std::count_if(a.out, a.out + a.inputs, [](const Array& out) { return out.data != nullptr; });
+}
 
 template <typename T>
 void affine_samples(const Affine& a, const Array* like, const Runs& r, int64_t from, int64_t to) {
@@ -268,6 +303,8 @@ void affine_samples(const Affine& a, const Array* like, const Runs& r, int64_t f
     direct = direct && (!a.out[k].data || (z[k].direct() && out[k].direct()));
   }
   if (direct) tiles.tile *= kLong;
+  const bool past = direct && outputs_of(a) * r.samples * r.channels * r.pixels() *
+                                  static_cast<int64_t>(sizeof(T)) > kOwn;
   for (int64_t n = from; n < to; ++n) {
     for (int64_t run = 0; run < r.count; ++run) {
       const bool same = n > from && r.count == 1 && !a.factors;  // as of the sample before
@@ -289,9 +326,11 @@ void affine_samples(const Affine& a, const Array* like, const Runs& r, int64_t f
           const T* input = reads ? z[k].tile(n, run, begin, size) : nullptr;
           const int64_t row = k * r.period;
           T* const result = out[k].tile(n, run, begin);
-          const auto map = in_blocks<T>(r) ? affine_blocks<T>
-                           : r.inner       ? affine_tile<T, true>
-                                           : affine_tile<T, false>;
+          const bool away = past && reinterpret_cast<uintptr_t>(result) % kWideBytes == 0;
+          const auto map = in_blocks<T>(r)
+                               ? (away ? affine_blocks<T, true> : affine_blocks<T, false>)
+                           : r.inner ? affine_tile<T>
+                                     : (away ? affine_plane<T, true> : affine_plane<T, false>);
           const int64_t step = in_blocks<T>(r) ? r.channels : r.period;
           map(result, gradient, input, &by_g[row], &by_z[row], &constant[row], size, step);
           out[k].done(n, run, begin, size);
@@ -299,6 +338,7 @@ void affine_samples(const Affine& a, const Array* like, const Runs& r, int64_t f
       });
     }
   }
+  if (past) finish_stores();
 }
 
 }  // namespace

@@ -183,23 +183,28 @@ inline void spread(const Runs& r, int64_t run, T* pattern, const Value& value) {
   }
 }
 
-// Samples that a thread takes at once where each has results of its own.
+// Samples of a piece, which one thread takes at once, and the pieces.
 inline int64_t samples_of(const Runs& r) { return std::max<int64_t>(1, r.samples / 16); }
+inline int64_t pieces_of(const Runs& r) { return (r.samples + samples_of(r) - 1) / samples_of(r); }
 
 // Adds a pattern of sums to double sums by channel, and clears it.
 template <typename T>
-inline void flush(const Runs& r, int64_t run, T* pattern, double* sums /* [C] */) {
-  const int64_t width = r.inner ? r.channels : r.period;
-  for (int64_t first = 0; first < r.period; first += width) {
-    for (int64_t i = 0; i < width; ++i) sums[r.inner ? i : run] += pattern[first + i];
+inline void flush(const Runs& r, int64_t run, T* __restrict pattern, double* __restrict sums) {
+  if (r.inner) {
+    for (int64_t first = 0; first < r.period; first += r.channels) {
+      for (int64_t i = 0; i < r.channels; ++i) sums[i] += pattern[first + i];
+    }
+    std::fill_n(pattern, r.period, T(0));
+    return;
   }
-  std::fill_n(pattern, r.period, T(0));
+  sums[run] += sum_of<kLanes>(pattern);
+  std::fill_n(pattern, kLanes, T(0));
 }
 
-// sums = the samples' partial sums [samples, size], added in their order.
-inline void combine(const double* partial, int64_t samples, int64_t size, double* sums) {
+// sums = the pieces' partial sums [pieces, size], added in their order.
+inline void combine(const double* partial, int64_t pieces, int64_t size, double* sums) {
   std::fill_n(sums, size, 0.0);
-  for (int64_t n = 0; n < samples; ++n) {
+  for (int64_t n = 0; n < pieces; ++n) {
     for (int64_t i = 0; i < size; ++i) sums[i] += partial[n * size + i];
   }
 }

@@ -68,6 +68,22 @@ RDARTS_METHOD Vec<T> where_passed(const Vec<T>& a, const Vec<T>& y) {
   return y <= Vec<T>{} ? Vec<T>{} : a;
 }
 
+// The sum of `count` numbers, a multiple of a vector of doubles; in pairs, none waits for the last.
+template <int count, typename T>
+RDARTS_METHOD double sum_of(const T* numbers) {
+  constexpr int L = kVector<double>;
+  Vec<double> total = {};
+  for (int first = 0; first < count; first += L) {
+    Vec<double> part;
+    for (int i = 0; i < L; ++i) part[i] = numbers[first + i];
+    total += part;
+  }
+  if constexpr (L == 2) return total[0] + total[1];
+  else if constexpr (L == 4) return (total[0] + total[1]) + (total[2] + total[3]);
+  else return ((total[0] + total[1]) + (total[2] + total[3])) +
+              ((total[4] + total[5]) + (total[6] + total[7]));
+}
+
 // Adds the lanes to doubles.
 template <typename T>
 RDARTS_METHOD void add_to(double* sums, Vec<T> vector, int64_t count = kVector<T>) {
