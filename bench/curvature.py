@@ -238,9 +238,9 @@ def _parse() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     several = {"type": lambda text: text.split(","), "metavar": "A,B,..."}
-    default = [
+    default = [  # darts needs an hour, and a smaller batch
         space for space in spaces_of("classification") if space != "darts"
-    ]  # not tried: 224 rows
+    ]
     parser.add_argument("--spaces", default=default, help="search spaces", **several)
     parser.add_argument("--cases", default=list(CASES), help="what to time", **several)
     parser.add_argument("--baselines", default=list(BASELINES), help="against what", **several)
