@@ -158,9 +158,9 @@ def test_gradients_that_no_cache_holds(backend: str, shape, layout: str) -> None
     """Written past the caches where their vectors are aligned; of an odd plane few are."""
     if not backend.startswith("cpu"):
         pytest.skip("of the CPU's stores")
-    case = Case(shape, 2, layout, torch.float32)
+    case = Case(shape, 3, layout, torch.float32)
     g = case.images()
-    assert 2 * g.nbytes > 1 << 20  # what a core has
+    assert 3 * g.nbytes > 1 << 21  # what two cores hold
     for got, expected in zip(
         node_sum_dz(g, case.scale),
         node_sum_dz_twin(g.double(), case.scale.double()),

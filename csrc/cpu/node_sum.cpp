@@ -280,7 +280,7 @@ void affine_plane(T* out, const T* g, const T* z, const T* by_g, const T* by_z, 
 }
 
 constexpr int64_t kLong = 8;  // tiles at once of each tensor
-constexpr int64_t kOwn = int64_t{1} << 20;  // bytes that a core's own cache holds for who reads next
+constexpr int64_t kOwn = int64_t{2} << 20;  // bytes that the cores' own caches hold for who reads next
 
 int64_t outputs_of(const Affine& a) {
   return std::count_if(a.out, a.out + a.inputs, [](const Array& out) { return out.data != nullptr; });
