@@ -150,10 +150,6 @@ inline void run(const StageForward& arguments, const Place& place) {
   RDARTS_LAUNCH(sep_stage, arguments, place.threads);
   if (arguments.norms && place.device < 0) run(*arguments.norms, place);
 }
-inline void run(const MixingForward& arguments, const Place& place) {
-  RDARTS_LAUNCH(mixing, arguments, place.threads);
-  if (arguments.norms && place.device < 0) run(*arguments.norms, place);
-}
 inline void run(const StageBackward& arguments, const Place& place) {
   RDARTS_LAUNCH(sep_stage_backward, arguments, place.threads);
   if (arguments.rows && place.device < 0) run(*arguments.rows, place);
@@ -163,8 +159,9 @@ inline void run(const StageBackward& arguments, const Place& place) {
 // by_z, constant), R, whether in training.
 using TableAt = std::tuple<Address, Address, int64_t, bool>;
 using Rule = std::pair<double, double>;  // eps and momentum
-// Rows of it: the first, running buffers (a mean and a variance each), the rule of their norms.
-using RowsAt = std::tuple<TableAt, int64_t, Addresses, Rule>;
+// Rows of it: the first, running buffers (a mean and a variance each), the rule of their norms, the
+// scales and shifts [G, C] that normalise, or null.
+using RowsAt = std::tuple<TableAt, int64_t, Addresses, Rule, Address, Address>;
 
 // What fills them from the sums of a launch's tensors of that shape, [3, G, C].
 Normalization norms_of(int dtype, const Shape& shape, const RowsAt& at, const double* sums);

@@ -56,17 +56,21 @@ Terms terms_of(const Table& table, const TermsAt& at) {
   return t;
 }
 
+constexpr size_t kBuffers = 3;  // of a batch norm: running mean, running variance, batches counted
+
 // What fills rows of the table from `first` on from sums, each an address and what lies between its
-// three rows of [C], or in eval mode from the running buffers: [2] each.
+// three rows of [C], or in eval mode from the buffers.
 Normalization rows_of(const Table& t, int64_t first, int count, const Numbers& sums,
-                      const Address* running, const Rule& rule) {
+                      const Address* buffers, const Rule& rule) {
   Normalization n = {};
   n.dtype = t.dtype, n.inputs = count, n.channels = t.channels;
   n.rule = {t.count, rule.first, rule.second, t.training};
   for (int k = 0; k < count; ++k) {
     n.normalised |= uint64_t{1} << k;
     n.sums[k] = pointer<const double>(sums[2 * k]), n.apart[k] = sums[2 * k + 1];
-    n.running_mean[k] = pointer(running[2 * k]), n.running_var[k] = pointer(running[2 * k + 1]);
+    const Address* const own = buffers + kBuffers * k;
+    n.running_mean[k] = pointer(own[0]), n.running_var[k] = pointer(own[1]);
+    n.tracked[k] = pointer<int64_t>(own[2]);
   }
   n.mean = t.mean + first * t.channels, n.rstd = t.rstd + first * t.channels;
   return n;
@@ -85,26 +89,73 @@ Numbers sums_of(const double* sums, int count, int64_t channels) {
 }  // namespace
 
 Normalization norms_of(int dtype, const Shape& shape, const RowsAt& at, const double* sums) {
-  const auto& [table, first, running, rule] = at;
-  const int count = static_cast<int>(running.size() / 2);
+  const auto& [table, first, buffers, rule, scale, shift] = at;
+  const int count = static_cast<int>(buffers.size() / kBuffers);
   if (count < 1 || count > kMostInputs) {
-    throw std::invalid_argument("running: expected those of 1 to 64 tensors");
+    throw std::invalid_argument("buffers: expected those of 1 to 64 tensors");
   }
-  return rows_of(table_of(dtype, shape, table), first, count, sums_of(sums, count, shape[1]),
-                 running.data(), rule);
+  Normalization n = rows_of(table_of(dtype, shape, table), first, count,
+                            sums_of(sums, count, shape[1]), buffers.data(), rule);
+  n.scale = pointer(scale), n.shift = pointer(shift);
+  return n;
 }
 
 namespace {
 
 void batch_norms_at(int dtype, const Shape& shape, const TableAt& table, int64_t first,
-                    const Numbers& sums, const Addresses& running, const Rule& rule,
+                    const Numbers& sums, const Addresses& buffers, const Rule& rule,
                     const Place& place) {
   const Table t = table_of(dtype, shape, table);
-  const int inputs = static_cast<int>(running.size() / 2);
-  if (inputs < 1 || inputs > kMostInputs || sums.size() != running.size()) {
-    throw std::invalid_argument("running: expected those of 1 to 64 tensors, and as many sums");
+  const int inputs = static_cast<int>(sums.size() / 2);
+  if (inputs < 1 || inputs > kMostInputs || buffers.size() != kBuffers * inputs) {
+    throw std::invalid_argument("buffers: expected those of 1 to 64 tensors, and as many sums");
   }
-  run(rows_of(t, first, inputs, sums, running.data(), rule), place);
+  run(rows_of(t, first, inputs, sums, buffers.data(), rule), place);
+}
+
+// z: K, then K results, scale z + shift each; scale, shift: [K, C].
+void scaled_at(int dtype, const Shape& shape, const Numbers& tensors, Address scale, Address shift,
+               const Place& place) {
+  const std::vector<Array> a = arrays_of(dtype, shape, tensors);
+  check_cpu_dtype(a[0].dtype, place);
+  const int inputs = static_cast<int>(a.size() / 2);
+  if constexpr (kCuda) {
+    if (place.device >= 0) {
+      Array none = a[0];
+      none.data = nullptr;
+      return cuda::affine({none, &a[0], &a[inputs], inputs, nullptr, pointer(scale),
+                           pointer(shift), nullptr},
+                          place);
+    }
+  }
+  for (int k = 0; k < inputs; ++k) {
+    const int64_t row = k * shape[1];
+    run(NodeSum{a[inputs + k], &a[k], 1, moved(pointer(scale), a[0].dtype, row),
+                moved(pointer(shift), a[0].dtype, row), nullptr, Drawn{}},
+        place);
+  }
+}
+
+// out: one or two, then K tensors, whose sum each is; scale: [2 K, C], factors: [2 K, N] or null.
+void node_sums_at(int dtype, const Shape& shape, const Numbers& tensors, int sums, Address scale,
+                  Address factors, const Place& place) {
+  const std::vector<Array> a = arrays_of(dtype, shape, tensors);
+  const int inputs = static_cast<int>(a.size()) - sums;
+  if (sums < 1 || sums > kMostSums || inputs < 1) {
+    throw std::invalid_argument("out: expected one or two tensors, then others");
+  }
+  check_cpu_dtype(a[0].dtype, place);
+  NodeSum sum = {a[0], &a[sums], inputs, pointer(scale), nullptr, pointer(factors), Drawn{}};
+  if (place.device >= 0) {
+    sum.sums = sums, sum.outs = a.data();
+    return run(sum, place);
+  }
+  for (int j = 0; j < sums; ++j) {
+    sum.out = a[j];
+    sum.scale = moved(pointer(scale), a[0].dtype, j * inputs * shape[1]);
+    sum.factors = moved(pointer(factors), a[0].dtype, j * inputs * shape[0]);
+    run(sum, place);
+  }
 }
 
 // kept: [3, K, C] float64: the means, which the backward needs, then room for scales and shifts.
@@ -122,15 +173,15 @@ void node_at(int dtype, const Shape& shape, const Numbers& tensors, const TableA
       place);
 }
 
-// buffer: [J] sums of the noise, [2, K, C] sums, workspace.
+// buffer: [J] sums of the noise, [2, K, C] sums, workspace. one: of the table's rows, or below 0.
 void node_backward_at(int dtype, const Shape& shape, const Numbers& tensors, const TableAt& table,
                       const TermsAt& terms, const std::vector<int>& drawn_weights,
                       Address factors, const Seeds& noise, Address kept, Address dweights,
-                      Address buffer, const Place& place) {
+                      int one, Address buffer, const Place& place) {
   const std::vector<Array> a = arrays_of(dtype, shape, tensors);  // g, K inputs
   check_cpu_dtype(a[0].dtype, place);
   TermGradients n = {};
-  n.terms = terms_of(table_of(dtype, shape, table), terms);
+  n.terms = terms_of(table_of(dtype, shape, table), terms), n.one = one;
   const Drawn drawn = drawn_of(noise);
   if (drawn_weights.size() != static_cast<size_t>(drawn.count) ||
       !std::all_of(drawn_weights.begin(), drawn_weights.end(), fits)) {
@@ -146,8 +197,35 @@ void node_backward_at(int dtype, const Shape& shape, const Numbers& tensors, con
       place);
 }
 
+// The rows of K normalised tensors, each with a gradient of its own: K of these, then the tensors.
+// buffer: [2, K, C] sums, workspace.
+void norms_backward_at(int dtype, const Shape& shape, const Numbers& tensors, const TableAt& table,
+                       int first, Address pivot, Address buffer, const Place& place) {
+  const std::vector<Array> a = arrays_of(dtype, shape, tensors);
+  check_cpu_dtype(a[0].dtype, place);
+  const int count = static_cast<int>(a.size() / 2), most = place.device >= 0 ? kMostOwn : 1;
+  for (int k = 0; k < count; k += most) {
+    const int inputs = std::min(most, count - k);
+    const int64_t plane = inputs * shape[1];
+    TermGradients n = {};
+    n.terms.table = table_of(dtype, shape, table), n.terms.inputs = inputs;
+    for (int i = 0; i < inputs; ++i) {
+      n.terms.row[i] = static_cast<uint16_t>(first + k + i);
+      n.terms.normalised |= uint64_t{1} << i;
+    }
+    double* const sums = pointer<double>(buffer);
+    n.sums = sums;
+    NodeSumDq sum = {a[k],   &a[count + k], inputs, pointer<double>(pivot) + k * shape[1],
+                     nullptr, Drawn{},      sums,   nullptr,
+                     sums + 2 * plane, &n};
+    if (inputs > 1) sum.own = &a[k];
+    run(sum, place);
+  }
+}
+
 // A stage of G separable convolutions as Python gives it: the shape of z and z, geometry, weights as
-// of a stage, first row of the table, running buffers or, backward, the gradients of the weights.
+// of a stage, first row of the table, buffers of the batch norms or, backward, the gradients of the
+// weights.
 using StageAt = std::tuple<Shape, Numbers, Geometry, Addresses, int64_t, Addresses>;
 
 constexpr int64_t kTensorsAnEdge = 3;  // that a stage's backward goes over
@@ -220,7 +298,7 @@ void stages_at(int dtype, const Shape& shape, const Numbers& x, const std::vecto
       const int64_t channels = link.shape[1];
       const DType type = link.z[0].dtype;
       Normalization n = rows_of(link.table, link.first + e, count, sums_of(sums, count, channels),
-                                &link.more[2 * e], rule);
+                                &link.more[kBuffers * e], rule);
       n.scale = moved(link.scale, type, e * channels);
       n.shift = moved(link.shift, type, e * channels);
       run(StageForward{chain.part(s, e, count), &link.z[e], sums, sums + 3 * count * channels,
@@ -314,8 +392,11 @@ int64_t stages_buffer(int together, Shape shape,
 void define_cells(py::module_& module) {
   const auto released = py::call_guard<py::gil_scoped_release>();
   module.def("batch_norms", &batch_norms_at, "Rows of a cell's table.", released);
+  module.def("node_sums", &node_sums_at, "out..., z...", released);
+  module.def("scaled", &scaled_at, "z..., out...", released);
   module.def("node", &node_at, "out, z...", released);
   module.def("node_backward", &node_backward_at, "g, z...; rows of the table.", released);
+  module.def("norms_backward", &norms_backward_at, "g..., z...; rows of the table.", released);
   module.def("stages", &stages_at, "x..., z... of each stage; rows of the table.", released);
   module.def("stages_backward", &stages_backward_at, "As stages; g..., dv...", released);
   module.def("stages_buffer", &stages_buffer, "Doubles of buffer that one of the two needs.");

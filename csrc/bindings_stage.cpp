@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <deque>
 #include <tuple>
 
 #include "bindings.h"
@@ -31,6 +32,10 @@ struct Operands {
   }
 };
 
+void run(const MixingForward& arguments, const Place& place) {
+  RDARTS_LAUNCH(mixing, arguments, place.threads);
+  if (arguments.norms && place.device < 0) run(*arguments.norms, place);
+}
 void run(const MixingBackward& arguments, const Place& place) {
   RDARTS_LAUNCH(mixing_backward, arguments, place.threads);
 }
@@ -131,45 +136,78 @@ Mixing mixing_of(const std::vector<Array>& x, const std::vector<const void*>& we
           pointer(shift), weights.data()};
 }
 
-void mixing_at(int dtype, const Shape& shape, const Numbers& x, const Shape& out_shape,
-               const Numbers& z, int stride, const Addresses& weights, Address scale,
-               Address shift, Address buffer, const std::optional<RowsAt>& rows,
-               const Place& place) {
-  const std::vector<Array> sources = arrays_of(dtype, shape, x);
-  const std::vector<Array> out = arrays_of(dtype, out_shape, z);
-  const std::vector<const void*> w = pointers_of<const void>(weights);
-  check_cpu_dtype(out[0].dtype, place);
-  const int edges = static_cast<int>(out.size());
-  double* const sums = pointer<double>(buffer);
+// What forward and backward of a mixing take alike: the shape of x and x, the shape of z, stride,
+// weights, scale, shift and the buffer.
+using MixingAt = std::tuple<Shape, Numbers, Shape, int, Addresses, Address, Address, Address>;
+using ForwardAt = std::tuple<MixingAt, Numbers, std::optional<RowsAt>>;  // z, rows to fill
+// g and z, the map of their gradient, dv, which of them are added to, the gradients of the weights.
+using BackwardAt = std::tuple<MixingAt, Numbers, Map, Numbers, Flags, Addresses>;
+
+// A call's arguments, and the arrays that they point to.
+struct MixingCall {
+  std::vector<Array> x, out, dv;
+  std::vector<const void*> weights;
+  std::vector<void*> dweights;
   Normalization norms = {};
-  if (rows) norms = norms_of(dtype, out_shape, *rows, sums);
-  if (rows && norms.inputs != edges) {
-    throw std::invalid_argument("rows: expected the running buffers of every edge");
+  MixingForward forward = {};
+  MixingBackward backward = {};
+
+  MixingCall(const MixingCall&) = delete;
+  MixingCall& operator=(const MixingCall&) = delete;
+
+  MixingCall(int dtype, const ForwardAt& call) {
+    const auto& [at, z, rows] = call;
+    const auto& [shape, tensors, out_shape, stride, w, scale, shift, buffer] = at;
+    x = arrays_of(dtype, shape, tensors), out = arrays_of(dtype, out_shape, z);
+    weights = pointers_of<const void>(w);
+    const int edges = static_cast<int>(out.size());
+    double* const sums = pointer<double>(buffer);
+    if (rows) norms = norms_of(dtype, out_shape, *rows, sums);
+    if (rows && norms.inputs != edges) {
+      throw std::invalid_argument("rows: expected the running buffers of every edge");
+    }
+    forward = {mixing_of(x, weights, edges, stride, scale, shift), out.data(), sums,
+               sums + 3 * edges * out_shape[1], rows ? &norms : nullptr};
   }
-  run(MixingForward{mixing_of(sources, w, edges, stride, scale, shift), out.data(), sums,
-                    sums + 3 * edges * out_shape[1], rows ? &norms : nullptr},
-      place);
+
+  MixingCall(int dtype, const BackwardAt& call) {
+    const auto& [at, gradients, map, results, adds, gradients_of_weights] = call;
+    const auto& [shape, tensors, out_shape, stride, w, scale, shift, buffer] = at;
+    x = arrays_of(dtype, shape, tensors), out = arrays_of(dtype, out_shape, gradients);
+    weights = pointers_of<const void>(w), dv = arrays_of(dtype, shape, results);
+    dweights = pointers_of<void>(gradients_of_weights);
+    static_cast<GradientOfZ&>(backward) = gradient_of(out, map);
+    const int edges = static_cast<int>(out.size() / 2);
+    backward.mixing = mixing_of(x, weights, edges, stride, scale, shift);
+    backward.dv = dv.data(), backward.adds = adds.data();
+    backward.dweights = dweights.empty() ? nullptr : dweights.data();
+    backward.workspace = pointer<double>(buffer);
+  }
+};
+
+// On a GPU two calls share a launch.
+void mixing_at(int dtype, const std::vector<ForwardAt>& given, const Place& place) {
+  check_cpu_dtype(static_cast<DType>(dtype), place);
+  std::deque<MixingCall> calls;
+  for (const ForwardAt& call : given) calls.emplace_back(dtype, call);
+  if constexpr (kCuda) {
+    if (calls.size() == 2 && place.device >= 0) {
+      return cuda::mixing(calls[0].forward, calls[1].forward, place);
+    }
+  }
+  for (const MixingCall& call : calls) run(call.forward, place);
 }
 
-void mixing_backward_at(int dtype, const Shape& shape, const Numbers& x, const Shape& out_shape,
-                        const Numbers& gradients, int stride, const Addresses& weights,
-                        Address scale, Address shift, const Map& map, const Numbers& dv,
-                        const Flags& adds, const Addresses& dweights, Address buffer,
-                        const Place& place) {
-  const std::vector<Array> sources = arrays_of(dtype, shape, x);
-  const std::vector<Array> out = arrays_of(dtype, out_shape, gradients);
-  const std::vector<const void*> w = pointers_of<const void>(weights);
-  check_cpu_dtype(out[0].dtype, place);
-  const std::vector<Array> results = arrays_of(dtype, shape, dv);
-  const std::vector<void*> dweight = pointers_of<void>(dweights);
-  const int edges = static_cast<int>(out.size() / 2);
-  MixingBackward a = {};
-  static_cast<GradientOfZ&>(a) = gradient_of(out, map);
-  a.mixing = mixing_of(sources, w, edges, stride, scale, shift);
-  a.dv = results.data(), a.adds = adds.data();
-  a.dweights = dweight.empty() ? nullptr : dweight.data();
-  a.workspace = pointer<double>(buffer);
-  run(a, place);
+void mixing_backward_at(int dtype, const std::vector<BackwardAt>& given, const Place& place) {
+  check_cpu_dtype(static_cast<DType>(dtype), place);
+  std::deque<MixingCall> calls;
+  for (const BackwardAt& call : given) calls.emplace_back(dtype, call);
+  if constexpr (kCuda) {
+    if (calls.size() == 2 && place.device >= 0) {
+      return cuda::mixing_backward(calls[0].backward, calls[1].backward, place);
+    }
+  }
+  for (const MixingCall& call : calls) run(call.backward, place);
 }
 
 int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
@@ -220,9 +258,9 @@ void define_stages(py::module_& module) {
              released);
   module.def("sep_stage_backward", &sep_stage_backward_at, "x..., g..., z..., dv...", released);
   module.def("mixing_buffer", &mixing_buffer, "Doubles of buffer that one of the following needs.");
-  module.def("mixing", &mixing_at, "x..., z...; sums, then workspace; rows of a table or None.",
+  module.def("mixing", &mixing_at, "Calls of x..., z...; sums, then workspace; rows of a table.",
              released);
-  module.def("mixing_backward", &mixing_backward_at, "x..., g..., z..., dv...", released);
+  module.def("mixing_backward", &mixing_backward_at, "Calls of x..., g..., z..., dv...", released);
 }
 
 }  // namespace rdarts

@@ -72,7 +72,8 @@ def test_a_backward_can_be_had_twice() -> None:
 @pytest.mark.parametrize("space", ["s1", "s4"])
 def test_frozen_weights_cost_no_gradient_and_change_no_other(space: str, monkeypatch) -> None:
     wanted: list[bool] = []
-    for name in ("launch_stages_backward", "launch_mixing_backward"):
+    names = ("launch_stages_backward", "launch_mixing_backward", "launch_mixings_backward")
+    for name in names:
         original = getattr(cell_backward, name)
 
         def recorded(*arguments, original=original, wants_weights, **others):
@@ -102,10 +103,11 @@ def test_one_launch_a_source_and_kind() -> None:
         net(images, softmax_weights(net.initial_alphas(1)), Draws(5))
         found = counts()
     # The inputs and 3 nodes that edges leave, 3 stages on each, whose sums and batch norms their
-    # own launches fill; 4 nodes and 2 preprocessed inputs, which make their own coefficients.
+    # own launches fill; 4 nodes, which make their own coefficients; the preprocessed inputs.
     assert found["sep_stage"].launches == 4 * 3
-    assert found["mixing"].launches == 2
-    assert found["node_sum"].launches == 4 + 2 + 1  # and the stem
+    assert found["mixing"].launches == 1
+    assert found["affine"].launches == 1 + 1  # and the stem
+    assert found["node_sum"].launches == 4 + 1
     assert found["normalize"].launches == 1  # the stem's
     assert "term_coefficients" not in found
 

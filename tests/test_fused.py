@@ -57,7 +57,7 @@ def test_fused_equals_reference(space, training: bool) -> None:
         assert (a - b).abs().max() <= 1e-10 * (1 + a.abs().max())
 
 
-@pytest.mark.parametrize("space", ["s1", "s4"])
+@pytest.mark.parametrize("space", ["s1", "s2", "s4"])
 def test_fused_equals_reference_on_every_backend(space: str, backend: str) -> None:
     device = device_of(backend)
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64, device=device)

@@ -20,16 +20,21 @@ from rdarts_fast.kernels import (
     node_sum_dq,
     node_sum_dz,
     normalized_sum,
+    pools,
 )
 from rdarts_fast.kernels.channel_sums import channel_affine_twin, channel_sums_twin
 from rdarts_fast.kernels.node_sum import (
     launch_node_sum,
+    launch_node_sums,
+    launch_scaled,
     node_sum_dq_twin,
     node_sum_dz_twin,
     node_sum_twin,
 )
+from rdarts_fast.kernels.norm_table import NormTable, Terms
 from rdarts_fast.kernels.normalized_sum import normalized_sum_twin
 from tests.conftest import device_of
+from tests.host_cuda import counts, on_host
 from tests.tolerances import assert_equal
 
 LAYOUTS = ["nchw", "nhwc", "sliced"]
@@ -113,6 +118,54 @@ def test_a_node_sum_may_take_the_place_of_any_of_its_terms(backend: str) -> None
         rest = (on.shift, on.factors if dropped else None, None, None)
         launch_node_sum(None, on.scale, *rest, on.z, out)
         assert_equal(out.cpu(), expected, torch.float64)
+
+
+def test_sums_of_many_blocks_take_no_second_launch() -> None:
+    z = torch.randn(16, 3, 32, 32)
+    with on_host():
+        channel_sums([z, z], torch.zeros(2, 3))
+        pools(z)
+        found = counts()
+    assert found["channel_sums"].launches == found["pool"].launches == 1
+
+
+def test_two_sums_of_the_same_tensors(backend: str) -> None:
+    for layout, dtype in itertools.product(LAYOUTS, dtypes_of(backend)):
+        case = Case((3, 16, 5, 8), 6, layout, dtype)
+        on = Moved(case, backend)
+        for factors in (None, on.factors):
+            out = [torch.empty_like(on.z[0]) for _ in range(2)]
+            got = launch_node_sums(on.scale, factors, on.z[:3], out)
+            for rows, one in ((slice(0, 3), got[0]), (slice(3, 6), got[1])):
+                kept = None if factors is None else case.exact(case.factors)[rows]
+                expected = node_sum_twin(
+                    case.exact(case.z[:3]), case.exact(case.scale)[rows], None, kept
+                )
+                assert_equal(one.cpu(), expected, dtype)
+
+
+def test_scaled_and_shifted(backend: str) -> None:
+    for case in cases(backend):
+        on = Moved(case, backend)
+        got = launch_scaled(on.z, on.scale, on.shift)
+        exact = [case.exact(x) for x in (case.z, case.scale, case.shift)]
+        for one, expected in zip(got, channel_affine_twin(*exact), strict=True):
+            assert_equal(one.cpu(), expected, case.dtype)
+
+
+def test_rows_of_norms_with_a_gradient_each_are_those_of_a_node_of_one(backend: str) -> None:
+    for k, training, dtype in itertools.product((1, 2, 3), (True, False), dtypes_of(backend)):
+        case, gradients = (Case((3, 16, 5, 8), k, "nhwc", dtype, seed) for seed in (0, 1))
+        z, g = Moved(case, backend).z, Moved(gradients, backend).z
+        table = NormTable(k + 1, 16, z[0], training)
+        table.statistics.copy_(case.uniform(2, k + 1, 16))
+        tables = [NormTable.for_backward(table.statistics, z[0], training) for _ in range(2)]
+        tables[0].norms_backward(g, z, 1)
+        for i in range(k):
+            terms, mean = Terms((1 + i,), (0,), (True,)), table.statistics[0, 1 + i]
+            tables[1].node_backward(g[i], z[i : i + 1], terms, None, mean, None)
+        got, expected = (one.gradients[:, 1:].cpu() for one in tables)
+        assert_equal(got, expected.double(), case.coefficients)
 
 
 def test_node_sum_and_its_adjoints(backend: str) -> None:

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from rdarts_fast.kernels import mixing, sep_stage
 from rdarts_fast.kernels.mixing import (
+    MixingGradients,
     Sources,
     launch_mixing,
     launch_mixing_backward,
+    launch_mixings,
+    launch_mixings_backward,
     mixing_twin,
 )
 from rdarts_fast.kernels.sep_stage import (
@@ -25,6 +28,7 @@ from rdarts_fast.kernels.sep_stage import (
     sep_stage_twin,
 )
 from tests.conftest import device_of
+from tests.host_cuda import counts, reset
 from tests.test_kernels import LAYOUTS, Case, dtypes_of
 from tests.tolerances import assert_equal
 
@@ -333,6 +337,42 @@ def test_mixing_computes_no_more_than_is_wanted(backend: str) -> None:
     second = torch.empty_like(sources.x[1])
     assert run([None, second], False) == [] and torch.equal(second, everything[1])
     assert all(map(torch.equal, run([None, None], True), weights))
+
+
+def room_for(x: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
+    """Return where gradients go, and that nothing is there."""
+    room = [torch.empty_like(one, memory_format=torch.channels_last) for one in x]
+    return room, [False] * len(x)
+
+
+@pytest.mark.parametrize("wants_weights", [True, False])
+def test_two_mixings_that_share_a_launch(backend: str, wants_weights: bool) -> None:
+    """Of other sizes, sources and strides; the bits are those that each alone would have."""
+    for (m, sources), dtype in itertools.product(((1, 4), (3, 20)), dtypes_of(backend)):
+        large = Settings((2, 5, 17, 18), 7, 1, "nhwc", dtype, whole=True)
+        small = Settings((3, 6, 5, 4), 20, 1, "sliced", dtype, whole=False)
+        calls = [sources_of(large, 2, 2, backend, m), sources_of(small, 1, 1, backend, sources)]
+        alone = [launch_mixing(one) for one in calls]
+        reset()
+        pairs = launch_mixings(calls, [None, None])
+        launched = counts()["mixing"].launches if "host" in backend else 0
+        for (z, sums), (one, own) in zip(pairs, alone, strict=True):
+            assert all(map(torch.equal, z, one)) and torch.equal(sums, own)
+        backward = [Backward(z, "nchw", plain=False) for z, _ in alone]
+        both, each = (
+            [
+                MixingGradients(one, b.g, z, b.affine, *room_for(one.x))
+                for one, b, (z, _) in zip(calls, backward, alone, strict=True)
+            ]
+            for _ in range(2)
+        )
+        found = launch_mixings_backward(both, wants_weights=wants_weights)
+        expected = [launch_mixing_backward(*one, wants_weights=wants_weights) for one in each]
+        for a, b, dweights, own in zip(both, each, found, expected, strict=True):
+            assert all(map(torch.equal, a.dv, b.dv)) and all(map(torch.equal, dweights, own))
+            assert len(dweights) == wants_weights * len([h for e in a.sources.weights for h in e])
+        if "host" in backend and sources == 4:
+            assert launched == 1 and counts()["mixing_backward"].launches == 1 + 2
 
 
 def test_many_edges_and_many_sources(backend: str) -> None:

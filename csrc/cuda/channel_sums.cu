@@ -21,7 +21,8 @@ struct ChannelViews {
   View<const T> z[kMostInputs];
   Span<const double> pivot;  // [K, C] or null
   Span<double> pivots;       // [K, C], filled where `pivot` is null
-  Span<double> partial;      // [2, K, C, parts]
+  Span<double> partial, sums;  // [2, K, C, parts] and [2, K, C]
+  Span<uint32_t> counters;
 };
 
 // One block per part of a group of channels of an input.
@@ -63,11 +64,16 @@ channel_sums_kernel(const __grid_constant__ ChannelViews<T> a) {
 #pragma unroll
   for (int i = 0; i < count; ++i) sums[i] = sum[i], sums[count + i] = square[i];
   add_rows(sums, split, shared);
-  if (!share.active || share.row > 0) return;
 #pragma unroll
   for (int i = 0; i < count; ++i) {
+    if (!share.active || share.row > 0) continue;
     a.partial[(first + i) * split.parts + share.part] = sums[i];
     a.partial[(plane + first + i) * split.parts + share.part] = sums[count + i];
+  }
+  if (!comes_last(a.counters, k, gridDim.x)) return;
+  for (int half = 0; half < 2; ++half) {
+    const int64_t from = half * plane + k * walk.channels;
+    add_parts(a.partial, split.parts, from, from + walk.channels, a.sums);
   }
 }
 
@@ -75,7 +81,8 @@ template <typename T, typename Sum>
 struct ProductViews {
   Walk walk;
   Split split;
-  View<const T> g;
+  View<const T> g[kMostOwn];
+  bool own;  // whether each input has its own g
   View<const T> z[kMostInputs];
   int inputs;
   Span<const double> pivot;  // [K, C] or null
@@ -112,10 +119,10 @@ __device__ void finish_products(const ProductViews<T, Sum>& a, int first, int en
   }
 }
 
-// The products of a few inputs with g.
+// The products of inputs [k, last) with g.
 template <typename Tile, typename Index, typename T = typename Tile::Type,
           typename Sum = typename Tile::Sum>
-__device__ __forceinline__ void make_products(const ProductViews<T, Sum>& a, int k) {
+__device__ __forceinline__ void make_products(const ProductViews<T, Sum>& a, int k, int last) {
   constexpr int count = kSums<Tile>, together = kTogether<Tile>;
   __shared__ Shared<double, 2 * count * kThreads> shared;
   const Walk& walk = a.walk;
@@ -127,7 +134,7 @@ __device__ __forceinline__ void make_products(const ProductViews<T, Sum>& a, int
     for (int i = 0; i < together; ++i) {
 #pragma unroll
       for (int c = 0; c < count; ++c) {
-        if (!a.pivot.data || k + i >= a.inputs) continue;
+        if (!a.pivot.data || k + i >= last) continue;
         pivot[i][c] = static_cast<Sum>(a.pivot[(k + i) * walk.channels + share.channel + c]);
       }
     }
@@ -135,10 +142,10 @@ __device__ __forceinline__ void make_products(const ProductViews<T, Sum>& a, int
     for (Index at = share.template begin<Index>(split); at < end; at += split.rows) {
       const Spot spot = spot_of<Tile>(at, share.channel, walk);
       Sum g[1][Tile::kLanes];
-      load<Tile>(a.g, spot, walk, g);
+      load<Tile>(a.g[a.own ? k : 0], spot, walk, g);
 #pragma unroll
       for (int i = 0; i < together; ++i) {
-        if (k + i >= a.inputs) continue;
+        if (k + i >= last) continue;
         Sum z[1][Tile::kLanes], weighted[Tile::kLanes];
         load<Tile>(a.z[k + i], spot, walk, z);
         const Sum factor = value_or(a.factors, (k + i) * walk.samples + spot.sample, Sum(1));
@@ -155,7 +162,7 @@ __device__ __forceinline__ void make_products(const ProductViews<T, Sum>& a, int
   const int64_t plane = a.inputs * walk.channels;
 #pragma unroll
   for (int i = 0; i < together; ++i) {
-    if (k + i >= a.inputs) continue;
+    if (k + i >= last) continue;
     double sums[2 * count];
 #pragma unroll
     for (int c = 0; c < count; ++c) sums[c] = product[i][c], sums[count + c] = plain[i][c];
@@ -175,11 +182,10 @@ template <typename Tile, typename Index, typename T = typename Tile::Type,
           typename Sum = typename Tile::Sum>
 __global__ void __launch_bounds__(kThreads, 1)
 node_sum_dq_kernel(const __grid_constant__ ProductViews<T, Sum> a) {
-  const int k = static_cast<int>(blockIdx.y) * kTogether<Tile>;
-  make_products<Tile, Index>(a, k);
-  if (comes_last(a.counters, blockIdx.y, gridDim.x)) {
-    finish_products(a, k, min(k + kTogether<Tile>, a.inputs));
-  }
+  const int together = a.own ? 1 : kTogether<Tile>;
+  const int k = static_cast<int>(blockIdx.y) * together, last = min(k + together, a.inputs);
+  make_products<Tile, Index>(a, k, last);
+  if (comes_last(a.counters, blockIdx.y, gridDim.x)) finish_products(a, k, last);
 }
 
 constexpr unsigned kTiles = 4;  // a thread
@@ -296,29 +302,31 @@ void channel_sums(const ChannelSums& a, const Place& place) {
     views.pivot = coefficients<double>(a.pivot, plane);
     views.pivots = {a.pivot ? nullptr : a.sums + 2 * plane, a.pivot ? 0 : plane};
     const Split& split = views.split;
-    views.partial = partial_of(a.sums, a.workspace, 2 * plane, split.parts);
+    views.partial = {a.workspace, 2 * plane * split.parts}, views.sums = {a.sums, 2 * plane};
+    views.counters = counters_of(place);
     const dim3 blocks = blocks_of(split.groups * split.parts, a.inputs);
     const auto kernel = split.positions <= kMost32 ? channel_sums_kernel<Tile, uint32_t>
                                                    : channel_sums_kernel<Tile, uint64_t>;
     launch("channel_sums", kernel, Grid{blocks, kThreads}, place, views);
-    combine("channel_sums", views.partial, split.parts, {a.sums, 2 * plane}, place);
   });
 }
 
 void node_sum_dq(const NodeSumDq& a, const Place& place) {
+  const std::vector<Array> g(a.own ? a.own : &a.g, (a.own ? a.own + a.inputs : &a.g + 1));
   std::vector<Array> tensors(a.z, a.z + a.inputs);
-  tensors.push_back(a.g);
+  tensors.insert(tensors.end(), g.begin(), g.end());
   const Layout layout = layout_of(tensors);
   const Walk& walk = layout.walk;
   int64_t used = 0;
-  on_tile<1>(a.g.dtype, layout, [&](auto tile) {
+  on_tile<1>(g[0].dtype, layout, [&](auto tile) {
     using Tile = decltype(tile);
     using T = typename Tile::Type;
     using Sum = typename Tile::Sum;
     const int64_t plane = a.inputs * walk.channels;
     ProductViews<T, Sum> views = {};
     views.walk = walk, views.split = split_of<Tile>(walk), views.inputs = a.inputs;
-    views.g = view_of<const T>(a.g, walk);
+    views.own = a.own != nullptr;
+    for (size_t i = 0; i < g.size(); ++i) views.g[i] = view_of<const T>(g[i], walk);
     for (int k = 0; k < a.inputs; ++k) views.z[k] = view_of<const T>(a.z[k], walk);
     views.pivot = coefficients<double>(a.pivot, plane);
     views.factors = coefficients<Sum>(a.factors, a.inputs * walk.samples);
@@ -327,7 +335,7 @@ void node_sum_dq(const NodeSumDq& a, const Place& place) {
     used = views.partial.size;
     views.counters = counters_of(place);
     if (a.terms) views.terms = *a.terms;
-    const int together = kTogether<Tile>;
+    const int together = a.own ? 1 : kTogether<Tile>;
     const int64_t rows = (a.inputs + together - 1) / together;
     const dim3 blocks = blocks_of(split.groups * split.parts, rows);
     const auto kernel = split.positions <= kMost32 ? node_sum_dq_kernel<Tile, uint32_t>

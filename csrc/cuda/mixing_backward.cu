@@ -1,33 +1,35 @@
-// The backward of 1x1 convolutions below a ReLU (mixing.h): one kernel for dv, which sums over all
-// edges in registers and writes once, and one for the gradients of the weights, whose sums the last
-// block of the few channels that they belong to adds in float64 and a fixed order.
+// The backward of 1x1 convolutions below a ReLU (mixing.h), in one launch: blocks for dv, which sum
+// over all edges in registers and write once, and blocks for the gradients of the weights, whose sums
+// the last block of the few channels that they belong to adds in float64 and a fixed order.
+#include "jobs.h"
 #include "launchers.h"
 #include "mixing_views.h"
 
 namespace rdarts {
 namespace {
 
-constexpr int kSourcesBackward = 16;  // a launch, as edges
-constexpr int kEdgesBackward = 20;
+constexpr int kSourcesBackward = 12;  // a launch, as edges
+constexpr int kEdgesBackward = 8;
+constexpr int kFewSources = 8;  // of each of two calls of an edge that share a launch
 constexpr int64_t kMostWeightParts = 64;
 
-template <typename T>
+template <typename T, int most, int most_edges>
 struct GradientOfSources {
-  SourceViews<T, kSourcesBackward> sources;
+  SourceViews<T, most> sources;
   Tiling tiling;  // of an image of z, a source's channels as results
-  GradientViews<T, kEdgesBackward> gradient;
+  GradientViews<T, most_edges> gradient;
   Halves halves;
-  Span<const SumOf<T>> weights[kEdgesBackward][2];
-  Span<T> dv[kSourcesBackward];
+  Span<const SumOf<T>> weights[most_edges][2];
+  Span<T> dv[most];
   uint32_t adds;      // bit m
   int edges;          // of the launch
   int64_t first, all;  // sources: the first of the launch, how many in all
 };
 
 // Writes a pixel of dv: four of `live` channels from `channel` on.
-template <typename T>
-__device__ __forceinline__ void write_pixel(const GradientOfSources<T>& a, int source,
-                                            int64_t sample, int h, int w, int64_t channel,
+template <typename T, int most, int most_edges>
+__device__ __forceinline__ void write_pixel(const GradientOfSources<T, most, most_edges>& a,
+                                            int source, int64_t sample, int h, int w, int64_t channel,
                                             int64_t live, const SumOf<T> (&values)[kCell]) {
   using Sum = SumOf<T>;
   const auto& s = a.sources;
@@ -45,16 +47,16 @@ __device__ __forceinline__ void write_pixel(const GradientOfSources<T>& a, int s
 // dv, 0 where relu's argument is no more than that. One block per tile of a sample, block of a
 // source's channels, and source and half; a block writes its half's pixels, and the first half
 // those that are in none.
-template <typename T>
-__global__ void __launch_bounds__(kStageThreads, 1)
-gradient_of_sources_kernel(const __grid_constant__ GradientOfSources<T> a) {
+template <typename T, int most, int most_edges>
+__device__ __forceinline__ void gradient_of_sources(
+    const GradientOfSources<T, most, most_edges>& a, const BlockAt& block) {
   using Sum = SumOf<T>;
   const Tiling& t = a.tiling;
   const auto& s = a.sources;
-  const int source = static_cast<int>(blockIdx.z) / a.halves.count;
-  const int half = static_cast<int>(blockIdx.z) % a.halves.count;
+  const int source = static_cast<int>(block.z) / a.halves.count;
+  const int half = static_cast<int>(block.z) % a.halves.count;
   if (!a.dv[source].data) return;
-  const Region region(t, blockIdx.x, blockIdx.y);
+  const Region region(t, block.x, block.y);
   SharedParts<Sum> memory;
   const SharedSpan<Sum> dz = memory.take(t.slots() * (t.depth + kPad));
   const SharedSpan<Sum> lines = memory.take(t.depth * t.channels);
@@ -98,25 +100,26 @@ gradient_of_sources_kernel(const __grid_constant__ GradientOfSources<T> a) {
   }
 }
 
-template <typename T>
+template <typename T, int most, int most_edges>
 struct GradientOfWeights {
-  SourceViews<T, kSourcesBackward> sources;
+  SourceViews<T, most> sources;
   Tiling tiling;
-  GradientViews<T, kEdgesBackward> gradient;
+  GradientViews<T, most_edges> gradient;
   Halves halves;
   int64_t items, each;                 // tiles of all samples, of a part
   int64_t parts;
   int64_t first_source, all;  // of the launch, sources of all
   Span<SumOf<T>> partial;     // [edges, parts, O, M C]
-  Span<SumOf<T>> weights[kEdgesBackward][2];
+  Span<SumOf<T>> weights[most_edges][2];
   Span<uint32_t> counters;
 };
 
 // Adds the parts' gradients of few channels of a source, whose column of the weights is given, and
 // of a block of channels of a half.
-template <typename T>
-__device__ __forceinline__ void finish_weights(const GradientOfWeights<T>& a, int e, int half,
-                                               int64_t out, int64_t column, int64_t channel) {
+template <typename T, int most, int most_edges>
+__device__ __forceinline__ void finish_weights(const GradientOfWeights<T, most, most_edges>& a,
+                                               int e, int half, int64_t out, int64_t column,
+                                               int64_t channel) {
   const Tiling& t = a.tiling;
   const int64_t row = a.all * a.sources.channels, own = a.gradient.channels * row;
   over(t.channels * t.depth, [&](int i) {
@@ -133,16 +136,16 @@ __device__ __forceinline__ void finish_weights(const GradientOfWeights<T>& a, in
 
 // One block per part of the tiles, few channels of a source and a block of channels of a half, and
 // edge.
-template <typename T>
-__global__ void __launch_bounds__(kStageThreads, 1)
-gradient_of_weights_kernel(const __grid_constant__ GradientOfWeights<T> a) {
+template <typename T, int most, int most_edges>
+__device__ __forceinline__ void gradient_of_weights(
+    const GradientOfWeights<T, most, most_edges>& a, const BlockAt& at) {
   using Sum = SumOf<T>;
   const Tiling& t = a.tiling;
   const auto& s = a.sources;
-  const int e = static_cast<int>(blockIdx.z);
+  const int e = static_cast<int>(at.z);
   const int64_t slices = (s.channels + t.depth - 1) / t.depth, columns = slices * s.sources;
-  const int source = static_cast<int>(blockIdx.y % columns / slices);
-  const int64_t channel = blockIdx.y % slices * t.depth, block = blockIdx.y / columns;
+  const int source = static_cast<int>(at.y % columns / slices);
+  const int64_t channel = at.y % slices * t.depth, block = at.y / columns;
   const int half = block < a.halves.blocks[0] ? 0 : 1;
   const int64_t out = (block - half * a.halves.blocks[0]) * t.channels;
   const int64_t first = a.halves.first[half] + out;
@@ -150,8 +153,8 @@ gradient_of_weights_kernel(const __grid_constant__ GradientOfWeights<T> a) {
   const SharedSpan<Sum> y = memory.take(t.slots() * (t.depth + kPad));
   const SharedSpan<Sum> dz = memory.take(t.slots() * (t.channels + kPad));
   OuterCell<Sum> cell(t);
-  const int64_t end = min((blockIdx.x + int64_t{1}) * a.each, a.items);
-  for (int64_t item = blockIdx.x * a.each; item < end; ++item) {
+  const int64_t end = min((at.x + int64_t{1}) * a.each, a.items);
+  for (int64_t item = at.x * a.each; item < end; ++item) {
     const Region region(t, item, 0);
     __syncthreads();  // the last tile has been read
     fill_sources(s, source, half, t, region, channel, y);
@@ -160,7 +163,7 @@ gradient_of_weights_kernel(const __grid_constant__ GradientOfWeights<T> a) {
     cell.add(dz, y, t);
   }
   const int64_t row = a.all * s.channels, own = a.gradient.channels * row;
-  const int64_t to = (e * a.parts + blockIdx.x) * own;
+  const int64_t to = (e * a.parts + at.x) * own;
   const int64_t column = (a.first_source + source) * s.channels + channel;
   if (a.parts > 0) {
     cell.finish(t, [&](int i, int j, Sum sum) {
@@ -168,25 +171,44 @@ gradient_of_weights_kernel(const __grid_constant__ GradientOfWeights<T> a) {
       if (live) a.partial[to + (first + i) * row + column + j] = sum;
     });
   }
-  const int64_t counter = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
-  if (comes_last(a.counters, counter, gridDim.x)) finish_weights(a, e, half, out, column, channel);
+  const int64_t counter = static_cast<int64_t>(at.z) * at.down + at.y;
+  if (comes_last(a.counters, counter, at.across)) {
+    finish_weights(a, e, half, out, column, channel);
+  }
+}
+
+template <typename T, int most, int most_edges, int count>
+struct Calls {
+  GradientOfSources<T, most, most_edges> of_sources[count];
+  GradientOfWeights<T, most, most_edges> of_weights[count];
+  Jobs<2 * count> jobs;
+};
+
+template <typename T, int most, int most_edges, int count>
+__global__ void __launch_bounds__(kStageThreads, 1)
+mixing_backward_kernel(const __grid_constant__ Calls<T, most, most_edges, count> a) {
+  BlockAt block;
+  const int job = a.jobs.find(block);
+  if (job % 2 == 0) gradient_of_sources(a.of_sources[job / 2], block);
+  else gradient_of_weights(a.of_weights[job / 2], block);
 }
 
 // ---- On the host.
 
-template <typename T>
-void gradient_of_sources(const MixingBackward& a, int source, int edge, const Place& place) {
+// Tells what a launch takes of sources and edges from these on.
+template <typename T, int most, int most_edges>
+Grid tell(const MixingBackward& a, int source, int edge,
+          GradientOfSources<T, most, most_edges>& views) {
   using Sum = SumOf<T>;
   const Mixing& m = a.mixing;
   const Array& g = a.g[0];
-  GradientOfSources<T> views = {};
-  views.sources = views_of<T, kSourcesBackward>(m, source);
+  views.sources = views_of<T, most>(m, source);
   const int64_t channels = views.sources.channels;
   Tiling& t = views.tiling;
   t = tiling_of<Sum>(g.shape[2], g.shape[3], channels, largest_half(m, g.shape[1]),
                      shared_to_multiply);
-  views.edges = std::min(kEdgesBackward, m.edges - edge);
-  views.gradient = gradient_views<T, kEdgesBackward>(a, edge, views.edges);
+  views.edges = std::min(most_edges, m.edges - edge);
+  views.gradient = gradient_views<T, most_edges>(a, edge, views.edges);
   views.halves = halves_of(m, g.shape[1], t.channels);
   views.first = source, views.all = m.sources;
   for (int e = 0; e < views.edges; ++e) {
@@ -202,10 +224,9 @@ void gradient_of_sources(const MixingBackward& a, int source, int edge, const Pl
     views.adds |= static_cast<uint32_t>(a.adds[source + i] || edge > 0) << i;
     wanted = wanted || dv.data;
   }
-  if (!wanted) return;
-  const Grid grid = grid_of<Sum>(t, g.shape[0] * t.tiles(), parts_of(channels, t.channels),
-                                 views.sources.sources * m.halves, shared_to_multiply(t));
-  launch("mixing_backward", gradient_of_sources_kernel<T>, grid, place, views);
+  if (!wanted) return kNoGrid;
+  return grid_of<Sum>(t, g.shape[0] * t.tiles(), parts_of(channels, t.channels),
+                      views.sources.sources * m.halves, shared_to_multiply(t));
 }
 
 // Parts of the gradients of the weights.
@@ -221,27 +242,29 @@ struct WeightParts {
     blocks = slices * (halves.blocks[0] + halves.blocks[1]);
     const int64_t launch = std::min(m.sources, kSourcesBackward) * std::min(m.edges, kEdgesBackward);
     const int64_t shallow = parts_of(m.x[0].shape[1], kLeastDepth) * (halves.blocks[0] + halves.blocks[1]);
-    each = most_a_part(items, kMostWeightParts, shallow * launch);
+    each = most_a_part(items, kMostWeightParts, 2 * shallow * launch);  // two may share a launch
     count = each ? parts_of(items, each) : 0;
   }
 };
 
-template <typename T>
-void gradient_of_weights(const MixingBackward& a, int source, int edge, const Place& place) {
+// The same; of counters the launch has half, from `counter` on.
+template <typename T, int most, int most_edges>
+Grid tell(const MixingBackward& a, int source, int edge, int counter, const Place& place,
+          GradientOfWeights<T, most, most_edges>& views) {
   using Sum = SumOf<T>;
+  if (!a.dweights) return kNoGrid;
   const Mixing& m = a.mixing;
   const Array& g = a.g[0];
-  GradientOfWeights<T> views = {};
-  views.sources = views_of<T, kSourcesBackward>(m, source);
+  views.sources = views_of<T, most>(m, source);
   views.tiling = tiling_of_halves<Sum>(m, g.shape, shared_for_weights);
   const Tiling& t = views.tiling;
   const WeightParts parts(m, g.shape, t);
-  const int edges = std::min(kEdgesBackward, m.edges - edge);
-  views.gradient = gradient_views<T, kEdgesBackward>(a, edge, edges);
+  const int edges = std::min(most_edges, m.edges - edge);
+  views.gradient = gradient_views<T, most_edges>(a, edge, edges);
   views.halves = halves_of(m, g.shape[1], t.channels);
   views.items = parts.items, views.each = parts.each;
   views.first_source = source, views.all = m.sources, views.parts = parts.count;
-  views.counters = counters_of(place);
+  views.counters = {counters_of(place).data + counter, kCounters / 2};
   const int64_t part = parts.count * g.shape[1] * m.sources * views.sources.channels;
   views.partial = {reinterpret_cast<Sum*>(a.workspace) + edge * part, edges * part};
   for (int e = 0; e < edges; ++e) {
@@ -250,9 +273,35 @@ void gradient_of_weights(const MixingBackward& a, int source, int edge, const Pl
                                 weights_of(m, g.shape[1], half)};
     }
   }
-  const Grid grid = grid_of<Sum>(t, blocks_for(parts.count), parts.blocks * views.sources.sources,
-                                 edges, shared_for_weights(t));
-  launch("mixing_backward", gradient_of_weights_kernel<T>, grid, place, views);
+  return grid_of<Sum>(t, blocks_for(parts.count), parts.blocks * views.sources.sources, edges,
+                      shared_for_weights(t));
+}
+
+template <typename T>
+void mix_backward(const MixingBackward& a, const Place& place) {
+  for (int edge = 0; edge < a.mixing.edges; edge += kEdgesBackward) {
+    for (int source = 0; source < a.mixing.sources; source += kSourcesBackward) {
+      Calls<T, kSourcesBackward, kEdgesBackward, 1> views = {};
+      const Grid grid = join(views.jobs, {tell(a, source, edge, views.of_sources[0]),
+                                          tell(a, source, edge, 0, place, views.of_weights[0])});
+      launch("mixing_backward", mixing_backward_kernel<T, kSourcesBackward, kEdgesBackward, 1>,
+             grid, place, views);
+    }
+  }
+}
+
+template <typename T>
+void mix_backward(const MixingBackward& a, const MixingBackward& b, const Place& place) {
+  Calls<T, kFewSources, 1, 2> views = {};
+  const Grid grid = join(views.jobs, {tell(a, 0, 0, views.of_sources[0]),
+                                      tell(a, 0, 0, 0, place, views.of_weights[0]),
+                                      tell(b, 0, 0, views.of_sources[1]),
+                                      tell(b, 0, 0, kCounters / 2, place, views.of_weights[1])});
+  launch("mixing_backward", mixing_backward_kernel<T, kFewSources, 1, 2>, grid, place, views);
+}
+
+bool shares(const MixingBackward& a) {
+  return a.mixing.sources <= kFewSources && a.mixing.edges == 1;
 }
 
 }  // namespace
@@ -268,14 +317,12 @@ int64_t mixing_workspace(const Mixing& m, const int64_t* out_shape, bool backwar
 }
 
 void mixing_backward(const MixingBackward& a, const Place& place) {
-  on_dtype(a.g[0].dtype, [&](auto number) {
-    for (int edge = 0; edge < a.mixing.edges; edge += kEdgesBackward) {
-      for (int source = 0; source < a.mixing.sources; source += kSourcesBackward) {
-        gradient_of_sources<decltype(number)>(a, source, edge, place);
-        if (a.dweights) gradient_of_weights<decltype(number)>(a, source, edge, place);
-      }
-    }
-  });
+  on_dtype(a.g[0].dtype, [&](auto number) { mix_backward<decltype(number)>(a, place); });
+}
+
+void mixing_backward(const MixingBackward& a, const MixingBackward& b, const Place& place) {
+  if (!shares(a) || !shares(b)) return mixing_backward(a, place), mixing_backward(b, place);
+  on_dtype(a.g[0].dtype, [&](auto number) { mix_backward<decltype(number)>(a, b, place); });
 }
 
 }  // namespace cuda

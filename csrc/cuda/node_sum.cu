@@ -17,10 +17,10 @@ constexpr unsigned kThreads = 256;  // one block a multiprocessor will do: nvcc 
 template <typename T, typename Sum>
 struct NodeSumViews {
   Walk walk;
-  View<T> out;
+  View<T> out[kMostSums];
   View<const T> z[kMostInputs];
   int inputs;
-  Span<const Sum> scale, shift;  // [K, C]
+  Span<const Sum> scale, shift;  // [K, C], those of further sums after them
   Span<const Sum> factors;       // [K, N]
   Sites<Sum> drawn;
   Terms terms;         // whose coefficients every block makes, where it is to
@@ -45,7 +45,7 @@ __device__ __forceinline__ SharedSpan<Sum> make_coefficients(const NodeSumViews<
   return made;
 }
 
-// One thread per tile. `makes`: whether the coefficients are made here.
+// One thread per tile of a sum. `makes`: whether the coefficients, of one sum, are made here.
 template <typename Tile, typename Index, bool makes, typename T = typename Tile::Type,
           typename Sum = typename Tile::Sum>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -56,15 +56,16 @@ node_sum_kernel(const __grid_constant__ NodeSumViews<T, Sum> a, Index tiles) {
   if (tile >= tiles) return;
   const Walk& walk = a.walk;
   const Spot spot = spot_of<Tile>(tile, walk);
+  const int first = static_cast<int>(blockIdx.y) * a.inputs;
   Sum total[Tile::kRows][Tile::kLanes] = {};
 #pragma unroll(Tile::kRows == 1 ? 4 : 1)
   for (int k = 0; k < a.inputs; ++k) {
     Sum z[Tile::kRows][Tile::kLanes];
     load<Tile>(a.z[k], spot, walk, z);
-    const Sum factor = value_or(a.factors, k * walk.samples + spot.sample, Sum(1));
+    const Sum factor = value_or(a.factors, (first + k) * walk.samples + spot.sample, Sum(1));
 #pragma unroll
     for (int i = 0; i < Tile::kLanes; ++i) {
-      const int64_t c = k * walk.channels + spot.channel + (Tile::kInner ? i : 0);
+      const int64_t c = (first + k) * walk.channels + spot.channel + (Tile::kInner ? i : 0);
       Sum scale, shift;
       if constexpr (makes) {
         scale = made[c], shift = made[a.inputs * walk.channels + c];
@@ -86,7 +87,7 @@ node_sum_kernel(const __grid_constant__ NodeSumViews<T, Sum> a, Index tiles) {
       total[row][i] += weight * static_cast<Sum>(number);
     });
   }
-  store<Tile>(a.out, spot, walk, total);
+  store<Tile>(a.out[blockIdx.y], spot, walk, total);
 }
 
 constexpr int kMostMaps = 32;  // a launch: two tables of 64 views are more than its parameters hold
@@ -164,8 +165,9 @@ bool makes_here(const NodeSum& a, int64_t channels, int64_t tiles) {
 namespace cuda {
 
 void node_sum(const NodeSum& a, const Place& place) {
+  const std::vector<Array> outs(a.outs ? a.outs : &a.out, (a.outs ? a.outs : &a.out) + a.sums);
   std::vector<Array> tensors(a.z, a.z + a.inputs);
-  tensors.push_back(a.out);
+  tensors.insert(tensors.end(), outs.begin(), outs.end());
   const Layout layout = layout_of(tensors, a.drawn.count > 0);
   on_tile<4>(a.out.dtype, layout, [&](auto tile) {
     using Tile = decltype(tile);
@@ -174,14 +176,16 @@ void node_sum(const NodeSum& a, const Place& place) {
     const Walk& walk = layout.walk;
     NodeSumViews<T, Sum> views = {};
     views.walk = walk, views.inputs = a.inputs;
-    views.out = view_of<T>(a.out, walk);
+    for (int j = 0; j < a.sums; ++j) views.out[j] = view_of<T>(outs[j], walk);
     for (int k = 0; k < a.inputs; ++k) views.z[k] = view_of<const T>(a.z[k], walk);
-    views.scale = coefficients<Sum>(a.scale, a.inputs * walk.channels);
-    views.shift = coefficients<Sum>(a.shift, a.inputs * walk.channels);
-    views.factors = coefficients<Sum>(a.factors, a.inputs * walk.samples);
+    const int64_t rows = a.sums * a.inputs;
+    views.scale = coefficients<Sum>(a.scale, rows * walk.channels);
+    views.shift = coefficients<Sum>(a.shift, rows * walk.channels);
+    views.factors = coefficients<Sum>(a.factors, rows * walk.samples);
     views.drawn = sites_of<Sum>(a.drawn, walk.samples);
     const int64_t tiles = tiles_of<Tile>(walk), plane = a.inputs * walk.channels;
     Grid grid = grid_of(tiles, kThreads);
+    grid.blocks.y = static_cast<unsigned>(a.sums);
     const bool small = tiles <= kMost32;
     const auto add = [&](auto kernel) { launch("node_sum", kernel, grid, place, views, tiles); };
     if (makes_here(a, walk.channels, tiles)) {

@@ -6,6 +6,7 @@
 // what neighbours share comes from the cache.
 #include <cmath>
 
+#include "last.h"
 #include "launch.h"
 #include "launchers.h"
 #include "pool.h"
@@ -85,8 +86,9 @@ struct PoolViews {
   View<uint8_t> place;
   View<const uint8_t> given;  // the places in the tangent
   int kinds;
-  Span<double> partial;  // [2, kinds, C, parts]
-  Span<double> pivots;   // [kinds, C]
+  Span<double> partial, sums;  // [2, kinds, C, parts] and [2, kinds, C]
+  Span<double> pivots;         // [kinds, C]
+  Span<uint32_t> counters;
 };
 
 // A tile of results.
@@ -193,6 +195,9 @@ pool_kernel(const __grid_constant__ PoolViews<T> a) {
       }
     }
     first += walk.channels;
+  }
+  if (comes_last(a.counters, 0, gridDim.x)) {
+    add_parts(a.partial, a.split.parts, 0, 2 * plane, a.sums);
   }
 }
 
@@ -372,12 +377,11 @@ void pool(const Pool& a, const Place& place) {
     const int64_t plane = views.kinds * layout.walk.channels;
     views.split = split_of<Tile>(layout.walk);
     views.place = own_view<uint8_t>(a.place);
-    views.partial = partial_of(a.sums, a.workspace, 2 * plane, views.split.parts);
-    views.pivots = {a.sums + 2 * plane, plane};
+    views.partial = {a.workspace, 2 * plane * views.split.parts}, views.sums = {a.sums, 2 * plane};
+    views.pivots = {a.sums + 2 * plane, plane}, views.counters = counters_of(place);
     launch("pool", pool_kernel<Tile, decltype(stride)::value>,
            Grid{static_cast<unsigned>(views.split.groups * views.split.parts), kThreads}, place,
            views);
-    combine("pool", views.partial, views.split.parts, {a.sums, 2 * plane}, place);
   });
 }
 

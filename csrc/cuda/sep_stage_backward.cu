@@ -1,7 +1,7 @@
-// The backward of half a separable convolution (stage.h). Three kernels: dd, the gradient of the
-// depthwise result, which goes through memory; dv from it; the gradients of the weights from both,
-// with the depthwise result computed again. Sums are added as in sep_stage.cu, those of the weights'
-// gradients by the last block of the few channels that they belong to.
+// The backward of half a separable convolution (stage.h). Two kernels: dd, the gradient of the
+// depthwise result, which goes through memory; then dv from it and, in other blocks, the gradients of
+// the weights, with the depthwise result computed again. Sums are added as in sep_stage.cu, those of
+// the weights' gradients by the last block of the few channels that they belong to.
 #include "launchers.h"
 #include "stage_weights.h"
 
@@ -75,7 +75,7 @@ RDARTS_METHOD int reach_back(int count, int stride, int dilation) {
   return (count - 1 + (K - 1) * dilation) / stride + stride;
 }
 
-// Shared memory of gradient_of_v_kernel, in numbers.
+// Shared memory that dv takes, in numbers.
 template <int K>
 struct BackMemory {
   int rows, columns, image, taps;
@@ -127,8 +127,8 @@ __device__ __forceinline__ void back_through_depthwise(const GradientOfV<T>& a, 
 
 // Adds the threads' sums of each channel and leaves them in `partial`.
 template <typename T, typename Sum = SumOf<T>>
-__device__ void sum_back(const GradientOfV<T>& a, int e, int64_t channel, Sum sum, Sum product,
-                         Shared<Sum, 2 * kStageThreads>& shared) {
+__device__ void sum_back(const GradientOfV<T>& a, int e, int64_t channel, unsigned part, Sum sum,
+                         Sum product, Shared<Sum, 2 * kStageThreads>& shared) {
   const StageViews<T>& s = a.stage;
   const int thread = static_cast<int>(threadIdx.x), depth = a.tiling.depth;
   shared[thread] = sum, shared[kStageThreads + thread] = product;
@@ -141,7 +141,7 @@ __device__ void sum_back(const GradientOfV<T>& a, int e, int64_t channel, Sum su
   }
   const int64_t parts = a.parts, row = (a.first + e) * s.channels + channel + c;
   const int64_t plane = a.edges * s.channels * parts;
-  a.partial[thread / depth * plane + row * parts + blockIdx.x] = total;
+  a.partial[thread / depth * plane + row * parts + part] = total;
 }
 
 // Adds what sum_back has left of edge e, a warp a channel, and fills the edge's row of the table.
@@ -169,19 +169,19 @@ __device__ void finish_back(const GradientOfV<T>& a, int e) {
 
 // dv of a block's tile.
 template <typename T, int K>
-__device__ __forceinline__ void make_tile(const GradientOfV<T>& a) {
+__device__ __forceinline__ void make_tile(const GradientOfV<T>& a, const BlockAt& block) {
   using Sum = SumOf<T>;
   __shared__ Shared<Sum, 2 * kStageThreads> shared;
   const Tiling& t = a.tiling;
   const StageViews<T>& s = a.stage;
-  const Region region(t, blockIdx.x, 0);
-  const int64_t channel = static_cast<int64_t>(blockIdx.y) * t.depth;
+  const Region region(t, block.x, 0);
+  const int64_t channel = static_cast<int64_t>(block.y) * t.depth;
   const BackMemory<K> sizes(t, s.stride, s.dilation);
   SharedParts<Sum> memory;
   const SharedSpan<Sum> image = memory.take(sizes.image), taps = memory.take(sizes.taps);
   const int back = s.pad - (K - 1) * s.dilation, half = s.stride - 1;
   const int top = (region.first_row + back) >> half, left = (region.first_column + back) >> half;
-  for (int i = a.begin[blockIdx.z]; i < a.begin[blockIdx.z + 1]; ++i) {
+  for (int i = a.begin[block.z]; i < a.begin[block.z + 1]; ++i) {
     const int e = a.order[i];
     __syncthreads();  // what the last edge left has been read
     fill_taps<K>(s.depthwise[e], s.channels, channel, t.depth, taps);
@@ -199,29 +199,32 @@ __device__ __forceinline__ void make_tile(const GradientOfV<T>& a) {
     Sum sum = 0, product = 0;
     back_through_depthwise<T, K>(a, e, region, channel, top, left, sizes, image, taps, sum,
                                  product);
-    if (a.sums.data) sum_back(a, e, channel, sum, product, shared);
+    if (a.sums.data) sum_back(a, e, channel, block.x, sum, product, shared);
   }
 }
 
 // One block per tile of a sample, few channels, and group of edges that share dv.
 template <typename T, int K>
-__global__ void __launch_bounds__(kStageThreads, 1)
-gradient_of_v_kernel(const __grid_constant__ GradientOfV<T> a) {
-  if (a.parts > 0) make_tile<T, K>(a);
-  if (!a.sums.data || !comes_last(a.counters, blockIdx.z, gridDim.x * gridDim.y)) return;
-  for (int i = a.begin[blockIdx.z]; i < a.begin[blockIdx.z + 1]; ++i) finish_back(a, a.order[i]);
+__device__ __forceinline__ void gradient_of_v(const GradientOfV<T>& a, const BlockAt& block) {
+  if (a.parts > 0) make_tile<T, K>(a, block);
+  if (!a.sums.data || !comes_last(a.counters, block.z, block.across * block.down)) return;
+  for (int i = a.begin[block.z]; i < a.begin[block.z + 1]; ++i) finish_back(a, a.order[i]);
 }
 
-// One block per part of the tiles, few channels of d and a block of channels of z, and edge.
+template <typename T>
+struct GradientsBelow {
+  GradientOfV<T> v;
+  GradientOfWeights<T> weights;
+  Jobs<2> jobs;
+};
+
+// What is made of dd.
 template <typename T, int K>
 __global__ void __launch_bounds__(kStageThreads, 1)
-gradient_of_weights_kernel(const __grid_constant__ GradientOfWeights<T> a) {
-  const int e = static_cast<int>(blockIdx.z), depth = a.tiling.depth;
-  const int64_t slices = (a.stage.channels + depth - 1) / depth;
-  const int64_t channel = blockIdx.y % slices * depth, block = blockIdx.y / slices;
-  if (a.parts > 0) make_part<T, K>(a, e, channel, block);
-  const int64_t counter = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
-  if (comes_last(a.counters, counter, gridDim.x)) finish_weights<K>(a, e, channel, block);
+gradients_below_kernel(const __grid_constant__ GradientsBelow<T> a) {
+  BlockAt block;
+  if (a.jobs.find(block) == 0) gradient_of_v<T, K>(a.v, block);
+  else gradient_of_weights<T, K>(a.weights, block);
 }
 
 // ---- On the host.
@@ -248,7 +251,8 @@ struct BackwardPlan {
     sum_parts = shape[0] * of_v.tiles();
     items = shape[0] * of_weights.tiles();
     const int64_t shallow = parts_of(channels, kLeastDepth) * parts_of(out, of_weights.channels);
-    each = most_a_part(items, kMostWeightParts, shallow * std::min(s.edges, kTogether));
+    const int64_t most = kTogether + shallow * std::min(s.edges, kTogether);  // counters
+    each = most_a_part(items, kMostWeightParts, most);
     weight_parts = each ? parts_of(items, each) : 0;
     sums = 2 * s.edges * channels * sum_parts;
     dd = s.edges * shape[0] * height * width * channels;
@@ -284,8 +288,11 @@ class Backward {
                                                 [](const Array& dv) { return dv.data != nullptr; });
     for (int first = 0; first < s_.edges; first += kTogether) {
       gradient_of_d(first);
-      if (wants_v) gradient_of_v(first);
-      if (a_.ddepthwise) gradient_of_weights(first);
+      GradientsBelow<T> views = {};
+      const Grid of_v = wants_v ? gradient_of_v(first, views.v) : kNoGrid;
+      const Grid of_weights = a_.ddepthwise ? gradient_of_weights(first, views.weights) : kNoGrid;
+      const Grid grid = join(views.jobs, {of_v, of_weights});
+      launch("sep_stage_backward", gradients_below_kernel<T, K>, grid, place_, views);
     }
   }
 
@@ -315,8 +322,7 @@ class Backward {
     launch("sep_stage_backward", gradient_of_d_kernel<T>, grid, place_, views);
   }
 
-  void gradient_of_v(int first) const {
-    GradientOfV<T> views = {};
+  Grid gradient_of_v(int first, GradientOfV<T>& views) const {
     const Tiling& t = views.tiling = plan_.of_v;
     const int64_t channels = s_.x[0].shape[1];
     views.stage = views_of<T>(s_, first);
@@ -327,9 +333,8 @@ class Backward {
     if (a_.sums) sum_to(views);
     const int groups = group(first, views);
     const BackMemory<K> sizes(t, s_.stride, s_.dilation);
-    const Grid grid = grid_of<Sum>(t, blocks_for(plan_.sum_parts), parts_of(channels, t.depth),
-                                   groups, sizes.image + sizes.taps);
-    launch("sep_stage_backward", gradient_of_v_kernel<T, K>, grid, place_, views);
+    return grid_of<Sum>(t, blocks_for(plan_.sum_parts), parts_of(channels, t.depth), groups,
+                        sizes.image + sizes.taps);
   }
 
   void sum_to(GradientOfV<T>& views) const {
@@ -366,8 +371,7 @@ class Backward {
     return groups;
   }
 
-  void gradient_of_weights(int first) const {
-    GradientOfWeights<T> views = {};
+  Grid gradient_of_weights(int first, GradientOfWeights<T>& views) const {
     const Tiling& t = views.tiling = plan_.of_weights;
     const int64_t channels = s_.x[0].shape[1];
     const int edges = edges_of(s_, first);
@@ -375,15 +379,16 @@ class Backward {
     views.gradient = gradient_views<T, kTogether>(a_, first, edges);
     views.dd = read_dd(first), views.items = plan_.items, views.each = plan_.each;
     const int64_t part = plan_.weight_parts * plan_.own;
-    views.parts = plan_.weight_parts, views.counters = counters_of(place_);
+    const Span<uint32_t> counters = counters_of(place_);  // the first are those of dv
+    views.parts = plan_.weight_parts;
+    views.counters = {counters.data + kTogether, counters.size - kTogether};
     views.partial = {weights_.data + first * part, edges * part};
     for (int e = 0; e < edges; ++e) {
       views.depthwise[e] = {static_cast<Sum*>(a_.ddepthwise[first + e]), channels * K * K};
       views.pointwise[e] = {static_cast<Sum*>(a_.dpointwise[first + e]), t.of * channels};
     }
-    const Grid grid = grid_of<Sum>(t, blocks_for(views.parts), plan_.weight_blocks(channels), edges,
-                                   WeightMemory<K>(t, s_.stride, s_.dilation).total());
-    launch("sep_stage_backward", gradient_of_weights_kernel<T, K>, grid, place_, views);
+    return grid_of<Sum>(t, blocks_for(views.parts), plan_.weight_blocks(channels), edges,
+                        WeightMemory<K>(t, s_.stride, s_.dilation).total());
   }
 
   const StageBackward& a_;

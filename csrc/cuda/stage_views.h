@@ -7,7 +7,7 @@
 
 namespace rdarts {
 
-constexpr int kTogether = 20;  // edges a launch: what its parameters hold
+constexpr int kTogether = 12;  // edges a launch: what its parameters hold
 
 // What the kernels see of x and of the depthwise part, for the edges of a launch.
 template <typename T>

@@ -2,6 +2,7 @@
 // again, and what the last block makes of all parts.
 #pragma once
 
+#include "jobs.h"
 #include "stage_views.h"
 
 namespace rdarts {
@@ -19,7 +20,7 @@ struct GradientOfWeights {
   Span<uint32_t> counters;
 };
 
-// Shared memory of gradient_of_weights_kernel, in numbers.
+// Shared memory that they take, in numbers.
 template <int K>
 struct WeightMemory {
   int columns, image, taps, d, dz;
@@ -117,7 +118,7 @@ __device__ __forceinline__ void finish_weights(const GradientOfWeights<T>& a, in
 // A part of the gradients of few channels of d and a block of channels of z.
 template <typename T, int K>
 __device__ __forceinline__ void make_part(const GradientOfWeights<T>& a, int e, int64_t channel,
-                                          int64_t block) {
+                                          int64_t block, unsigned part) {
   using Sum = SumOf<T>;
   const Tiling& t = a.tiling;
   const StageViews<T>& s = a.stage;
@@ -128,8 +129,8 @@ __device__ __forceinline__ void make_part(const GradientOfWeights<T>& a, int e, 
   fill_taps<K>(s.depthwise[e], s.channels, channel, t.depth, taps);
   OuterCell<Sum> cell(t);
   Sum dtaps[K * K] = {};
-  const int64_t end = min((blockIdx.x + int64_t{1}) * a.each, a.items);
-  for (int64_t item = blockIdx.x * a.each; item < end; ++item) {
+  const int64_t end = min((part + int64_t{1}) * a.each, a.items);
+  for (int64_t item = part * a.each; item < end; ++item) {
     const Region region(t, item, block);
     __syncthreads();  // the last tile has been read
     fill_image(s, e, region.sample, channel, region.first_row * s.stride - s.pad,
@@ -142,12 +143,24 @@ __device__ __forceinline__ void make_part(const GradientOfWeights<T>& a, int e, 
     cell.add(dz, d, t);
   }
   const int64_t own = s.channels * K * K + t.of * s.channels;
-  const int64_t to = (e * a.parts + blockIdx.x) * own;
+  const int64_t to = (e * a.parts + part) * own;
   cell.finish(t, [&](int i, int j, Sum sum) {
     const int64_t o = block * t.channels + i, c = channel + j;
     if (o < t.of && c < s.channels) a.partial[to + s.channels * K * K + o * s.channels + c] = sum;
   });
   if (block == 0) store_taps<K>(dtaps, t, s.channels, channel, a.partial, to);
+}
+
+// One block per part of the tiles, few channels of d and a block of channels of z, and edge.
+template <typename T, int K>
+__device__ __forceinline__ void gradient_of_weights(const GradientOfWeights<T>& a,
+                                                    const BlockAt& at) {
+  const int e = static_cast<int>(at.z), depth = a.tiling.depth;
+  const int64_t slices = (a.stage.channels + depth - 1) / depth;
+  const int64_t channel = at.y % slices * depth, block = at.y / slices;
+  if (a.parts > 0) make_part<T, K>(a, e, channel, block, at.x);
+  const int64_t counter = static_cast<int64_t>(at.z) * at.down + at.y;
+  if (comes_last(a.counters, counter, at.across)) finish_weights<K>(a, e, channel, block);
 }
 
 }  // namespace rdarts

@@ -67,6 +67,7 @@ struct FinishedSums {
   NormRule rule;
   bool normalises;
   Span<Sum> running_mean[most], running_var[most];  // [O] or null
+  Span<int64_t> tracked[most];                      // [1] or null
   Span<double> mean, rstd;                          // [G, O] each
   Span<Sum> scale, shift;                           // [G, O] or null
   Span<uint32_t> counters;
@@ -105,6 +106,7 @@ struct FinishedSums {
     if (running.exist && rule.training) {
       running_mean[e][c] = running.mean, running_var[e][c] = running.var;
     }
+    if (c == 0 && tracked[e].data && rule.training) tracked[e][0] = tracked[e][0] + 1;
     mean[i] = s.mean, rstd[i] = s.rstd;
     if (!scale.data) return;
     const MapOf<Sum> map(1.0, s);
@@ -141,6 +143,7 @@ void at_edges(FinishedSums<Sum, most>& f, const Normalization* norms, int first,
     const int64_t channels = norms->running_mean[first + e] ? norms->channels : 0;
     f.running_mean[e] = {static_cast<Sum*>(norms->running_mean[first + e]), channels};
     f.running_var[e] = {static_cast<Sum*>(norms->running_var[first + e]), channels};
+    f.tracked[e] = {norms->tracked[first + e], norms->tracked[first + e] ? 1 : 0};
   }
 }
 

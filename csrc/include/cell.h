@@ -56,6 +56,7 @@ struct TermGradients {
   int drawn;                 // J
   uint16_t drawn_weight[kMostInputs];
   void* dweights;  // [E, O]; null: not wanted
+  int one = -1;    // a row whose by_g is to be 1; below 0: none
 };
 
 // Fills rows [first, first + inputs): v = (z - mean) rstd, and g is the gradient of v.
@@ -113,6 +114,7 @@ RDARTS_BODY double term_gradients_at(const TermGradients& a, int k, int64_t c) {
   const double along = rstd_of(terms, k, c) * (a.sums[i] + (pivot - mean) * sum);
   fill_row<T>(table, terms.row[k] * table.channels + c, terms.normalised >> k & 1,
               weight_of<T>(terms, k), sum, along);
+  if (k == 0 && a.one >= 0) static_cast<T*>(table.by_g)[a.one * table.channels + c] = T(1);
   return along;
 }
 

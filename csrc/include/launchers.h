@@ -135,6 +135,9 @@ void sep_stage_backward(const StageBackward& arguments, const Place& place);
 int64_t mixing_workspace(const Mixing& mixing, const int64_t* out_shape, bool backward);
 void mixing(const MixingForward& arguments, const Place& place);
 void mixing_backward(const MixingBackward& arguments, const Place& place);
+// Two that do not wait for each other, in one launch where its parameters hold both.
+void mixing(const MixingForward& a, const MixingForward& b, const Place& place);
+void mixing_backward(const MixingBackward& a, const MixingBackward& b, const Place& place);
 
 }  // namespace cuda
 }  // namespace rdarts

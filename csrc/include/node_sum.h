@@ -26,6 +26,8 @@ struct Drawn {
                         // node_sum_dq, which takes them instead of drawing again
 };
 
+constexpr int kMostSums = 2;  // of the same tensors
+
 // out = sum_k factors[k, n] * (scale[k, c] * z_k + shift[k, c]) + drawn; out may be one of the z
 struct NodeSum {
   Array out;
@@ -37,6 +39,10 @@ struct NodeSum {
   Drawn drawn;
   // What fills scale and shift (cell.h): on a GPU the same launch, where they need not be there.
   const TermCoefficients* terms = nullptr;
+  // On a GPU, without terms and noise: several sums of the same z, whose rows of scale, shift and
+  // factors follow one another; the first of outs is out.
+  int sums = 1;
+  const Array* outs = nullptr;
 };
 
 // out_k = factors[k, n] * by_g[k, c] * g + by_z[k, c] * z_k + constant[k, c]
@@ -60,6 +66,8 @@ struct ChannelSums {
   double* workspace;
 };
 
+constexpr int kMostOwn = 2;  // inputs of gradients of their own
+
 // sums[0] = sum of f g (z_k - pivot),  sums[1] = sum of f g,  drawn_sums[j] = sum of f_j g N(0, 1)
 struct NodeSumDq {
   Array g;
@@ -72,6 +80,7 @@ struct NodeSumDq {
   double* drawn_sums;  // [J]
   double* workspace;
   const TermGradients* terms = nullptr;  // of these sums: on a GPU the same launches fill them
+  const Array* own = nullptr;  // [K] or null: each input's g, in place of the one; on a GPU alone
 };
 
 struct NormRule {
@@ -91,6 +100,7 @@ struct Normalization {
   int64_t apart[kMostInputs];       // from one of the three to the next
   void* running_mean[kMostInputs];  // [C] or null
   void* running_var[kMostInputs];
+  int64_t* tracked[kMostInputs];  // batches counted, or null
   const void* weights;  // [K]; null for ones
   double* mean;         // [K, C] each
   double* rstd;

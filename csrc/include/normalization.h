@@ -62,6 +62,7 @@ RDARTS_BODY void normalize_channel(const Normalization& a, int k, int64_t c) {
     if (running.exist && a.rule.training) {
       running_mean[c] = running.mean, running_var[c] = running.var;
     }
+    if (c == 0 && a.tracked[k] && a.rule.training) ++*a.tracked[k];
   }
   a.mean[i] = s.mean;
   a.rstd[i] = s.rstd;

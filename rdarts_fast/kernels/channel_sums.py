@@ -92,10 +92,10 @@ class _ChannelSums(Function):
 
 class _ChannelAffine(Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, v: Tensor, *z: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, u: Tensor, v: Tensor | None, *z: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(u, *z)
         if u.device.type == "meta":
-            return tuple(channel_affine_twin(z, u, v))
+            return tuple(channel_affine_twin(z, u, torch.zeros_like(u) if v is None else v))
         out = tuple(array.empty_like(tensor) for tensor in z)
         launch_affine(None, z, out, None, u, v, None)
         return out
@@ -107,8 +107,10 @@ class _ChannelAffine(Function):
         du = dv = None
         if needs[0] or needs[1]:
             pairs = zip(h, z, strict=True)
-            rows = [node_sum_dq(g, [tensor]) for g, tensor in pairs]
-            du, dv = (torch.cat([row[i] for row in rows]) for i in (0, 1))
+            rows = [node_sum_dq(g, [tensor])[:2] for g, tensor in pairs]
+            one = len(rows) == 1
+            du, dv = rows[0] if one else (torch.cat(parts) for parts in zip(*rows, strict=True))
+        dv = dv if needs[1] else None
         if not any(needs[2:]):
             return du, dv, *(None for _ in z)
-        return du, dv, *_ChannelAffine.apply(u, torch.zeros_like(u), *h)
+        return du, dv, *_ChannelAffine.apply(u, None, *h)

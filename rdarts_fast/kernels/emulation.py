@@ -43,6 +43,10 @@ def _first(count: int) -> range:
     return range(1)
 
 
+def _first_two(count: int) -> range:
+    return range(2)
+
+
 def _all(count: int) -> range:
     return range(count)
 
@@ -60,9 +64,10 @@ CALLS: Mapping[str, Sequence[Tensors]] = {
     "normalized_sum_backward": [Tensors(2, 1, _last_half)],
     "node": [Tensors(2, 1, _first)],
     "node_backward": [Tensors(2, 1, _none)],
+    "norms_backward": [Tensors(2, 1, _none)],
+    "node_sums": [Tensors(2, 1, _first_two)],
+    "scaled": [Tensors(2, 1, _last_half)],
     "batch_norms": [],
-    "mixing": [Tensors(2, 1, _none), Tensors(4, 3, _all)],
-    "mixing_backward": [Tensors(2, 1, _none), Tensors(4, 3, _none), Tensors(10, 1, _all)],
     "sep_stage": [Tensors(2, 1, _none), Tensors(4, 3, _all)],
     "sep_stage_backward": [Tensors(2, 1, _none), Tensors(4, 3, _none), Tensors(10, 1, _all)],
 }
@@ -187,6 +192,31 @@ class _Emulated:
         function(_FLOAT32, shape, stride, [*x, *two, *flat[3 * _WORDS :]], *rest)
         copies.store()
 
+    def mixing(self, dtype: int, calls: Sequence[Any], place: Any) -> None:
+        """Each call's sources, results and rows."""
+        copies = _Copies()
+        if dtype == _BF16:
+            calls = [
+                (_sources(copies, at), copies.of(at[2], z, range(len(z) // _WORDS)), rows)
+                for at, z, rows in calls
+            ]
+        self._extension.mixing(_FLOAT32 if dtype == _BF16 else dtype, calls, place)
+        copies.store()
+
+    def mixing_backward(self, dtype: int, calls: Sequence[Any], place: Any) -> None:
+        """Each call's sources, gradients and z, and the gradients of the sources among others."""
+        copies = _Copies()
+        if dtype == _BF16:
+            calls = [
+                (
+                    *(_sources(copies, at), copies.of(at[2], out), map_),
+                    *(copies.of(at[0], dv, range(len(dv) // _WORDS)), *rest),
+                )
+                for at, out, map_, dv, *rest in calls
+            ]
+        self._extension.mixing_backward(_FLOAT32 if dtype == _BF16 else dtype, calls, place)
+        copies.store()
+
     def stages(
         self,
         dtype: int,
@@ -242,6 +272,12 @@ class _Emulated:
             return
         given = (x, stages, table, maps, g, between, dv, *rest)
         self._extension.stages_backward(dtype, shape, *given)
+
+
+def _sources(copies: _Copies, at: Sequence[Any]) -> tuple[Any, ...]:
+    """Return what both passes of a mixing take, with copies of its sources."""
+    shape, x, *rest = at
+    return (shape, copies.of(shape, x), *rest)
 
 
 def _fill_map(at: int, table: Any, first: int, edges: int, channels: int) -> None:

@@ -94,24 +94,38 @@ def launch_mixing(sources: Sources, rows: Any = None) -> tuple[list[Tensor], Ten
 
     rows: those of a table that the sums fill as well, as NormTable.rows_at returns them.
     """
-    x, shape, edges = sources.x, sources.out_shape(), len(sources.weights)
-    z = [array.empty(x[0], shape, torch.channels_last) for _ in sources.weights]
-    buffer = _buffer(sources, backward=False)
-    native.extension.mixing(
-        array.DTYPES[x[0].dtype],
-        tuple(x[0].shape),
-        array.flat(x),
-        shape,
-        array.flat(z),
-        sources.stride,
-        [half.data_ptr() for edge in sources.weights for half in edge],
-        array.address(sources.scale),
-        array.address(sources.shift),
-        buffer.data_ptr(),
-        rows,
-        native.place(x[0].device),
-    )
-    return z, buffer[: 3 * edges * shape[1]].view(3, edges, shape[1])
+    return launch_mixings([sources], [rows])[0]
+
+
+def launch_mixings(
+    calls: Sequence[Sources], rows: Sequence[Any]
+) -> list[tuple[list[Tensor], Tensor]]:
+    """Return launch_mixing(...) of each; on a GPU two share a launch."""
+    given, results = [], []
+    for sources, own in zip(calls, rows, strict=True):
+        x, shape, edges = sources.x, sources.out_shape(), len(sources.weights)
+        z = [array.empty(x[0], shape, torch.channels_last) for _ in sources.weights]
+        buffer = _buffer(sources, backward=False)
+        given.append((_at(sources, buffer), array.flat(z), own))
+        results.append((z, buffer[: 3 * edges * shape[1]].view(3, edges, shape[1])))
+    x = calls[0].x
+    native.extension.mixing(array.DTYPES[x[0].dtype], given, native.place(x[0].device))
+    return results
+
+
+class MixingGradients(NamedTuple):
+    """What the backward of a mixing takes.
+
+    g: G gradients [N, O, H', W'], any strides. z: G, with affine what makes the gradient of z. dv:
+    dense, channels innermost, to be filled or, where adds[m], added to.
+    """
+
+    sources: Sources
+    g: Sequence[Tensor]
+    z: Sequence[Tensor | None]
+    affine: Affine
+    dv: Sequence[Tensor | None]
+    adds: Sequence[bool]
 
 
 def launch_mixing_backward(
@@ -126,30 +140,52 @@ def launch_mixing_backward(
 ) -> list[Tensor]:
     """Fill dv[m], the gradient of scale * x + shift below the ReLU, or add to it where adds[m].
 
-    g: G gradients [N, O, H', W'], any strides. dv: dense, channels innermost. Return the gradients
-    of the weights, if wanted, in their order.
+    The arguments are those of MixingGradients. Return the gradients of the weights, if wanted, in
+    their order.
     """
-    x, buffer = sources.x, _buffer(sources, backward=True)
-    weights = [half for edge in sources.weights for half in edge]
-    dweights = [torch.empty_like(half) for half in weights] if wants_weights else []
-    native.extension.mixing_backward(
-        array.DTYPES[x[0].dtype],
-        tuple(x[0].shape),
-        array.flat(x),
+    call = MixingGradients(sources, g, z, affine, dv, adds)
+    return launch_mixings_backward([call], wants_weights=wants_weights)[0]
+
+
+def launch_mixings_backward(
+    calls: Sequence[MixingGradients], *, wants_weights: bool
+) -> list[list[Tensor]]:
+    """Return launch_mixing_backward(...) of each; on a GPU two share a launch. None may fill what
+    another reads.
+    """
+    given, results = [], []
+    buffers = [_buffer(call.sources, backward=True) for call in calls]
+    for (sources, g, z, affine, dv, adds), buffer in zip(calls, buffers, strict=True):
+        weights = [half for edge in sources.weights for half in edge]
+        dweights = [torch.empty_like(half) for half in weights] if wants_weights else []
+        given.append(
+            (
+                _at(sources, buffer),
+                array.flat((*g, *z)),
+                tuple(map(array.address, affine)),
+                array.flat(dv),
+                adds,
+                [half.data_ptr() for half in dweights],
+            )
+        )
+        results.append(dweights)
+    x = calls[0].sources.x
+    native.extension.mixing_backward(array.DTYPES[x[0].dtype], given, native.place(x[0].device))
+    return results
+
+
+def _at(sources: Sources, buffer: Tensor) -> tuple[Any, ...]:
+    """Return what the native functions take of sources."""
+    return (
+        tuple(sources.x[0].shape),
+        array.flat(sources.x),
         sources.out_shape(),
-        array.flat((*g, *z)),
         sources.stride,
-        [half.data_ptr() for half in weights],
+        [half.data_ptr() for edge in sources.weights for half in edge],
         array.address(sources.scale),
         array.address(sources.shift),
-        tuple(map(array.address, affine)),
-        array.flat(dv),
-        adds,
-        [half.data_ptr() for half in dweights],
         buffer.data_ptr(),
-        native.place(x[0].device),
     )
-    return dweights
 
 
 def _buffer(sources: Sources, *, backward: bool) -> Tensor:

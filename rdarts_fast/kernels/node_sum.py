@@ -307,6 +307,42 @@ def launch_affine(
     )
 
 
+def launch_node_sums(
+    scale: Tensor, factors: Tensor | None, z: Sequence[Tensor], out: Sequence[Tensor]
+) -> list[Tensor]:
+    """Fill out[j] = sum_k factors[j K + k, n] * scale[j K + k, c] * z[k], and return it.
+
+    At most two, of the shape of z. scale: [J K, C]. factors: [J K, N] or None.
+    """
+    scale = scale.contiguous()
+    factors = array.contiguous(factors)
+    native.extension.node_sums(
+        array.DTYPES[z[0].dtype],
+        tuple(z[0].shape),
+        array.flat((*out, *z)),
+        len(out),
+        scale.data_ptr(),
+        array.address(factors),
+        native.place(z[0].device),
+    )
+    return list(out)
+
+
+def launch_scaled(z: Sequence[Tensor], scale: Tensor, shift: Tensor) -> list[Tensor]:
+    """Return scale[k, c] * z[k] + shift[k, c], channels innermost; scale, shift: [K, C], packed."""
+    shape = tuple(z[0].shape)
+    out = [array.empty(x, shape, torch.channels_last) for x in z]
+    native.extension.scaled(
+        array.DTYPES[z[0].dtype],
+        shape,
+        array.flat((*z, *out)),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        native.place(z[0].device),
+    )
+    return out
+
+
 class _NodeSum(Function):
     @staticmethod
     def forward(

@@ -22,7 +22,8 @@ from rdarts_fast.kernels import array
 from rdarts_fast.kernels.node_sum import Key, native_noise
 from rdarts_fast.kernels.sep_stage import Affine
 
-Running = tuple[Tensor, Tensor]
+# Of a batch norm: running mean and variance [C], batches counted [] int64; training moves them.
+Running = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,12 @@ class NormTable:
         self.gradients: Tensor | None = None
 
     @classmethod
-    def for_backward(
-        cls, statistics: Tensor, like: Tensor, training: bool, ones: Sequence[int] = ()
-    ) -> NormTable:
-        """Return the table of a forward pass, with room for the gradients; by_g of `ones` is 1."""
+    def for_backward(cls, statistics: Tensor, like: Tensor, training: bool) -> NormTable:
+        """Return the table of a forward pass, with room for the gradients."""
         table = cls(0, 0, like, training)
         table.statistics = statistics
         shape, dtype = (3, *statistics.shape[1:]), array.coefficient_dtype(like.dtype)
         table.gradients = torch.empty(shape, dtype=dtype, device=like.device)
-        if ones:
-            table.gradients[0].index_fill_(0, array.index_of(tuple(ones), like.device), 1.0)
         return table
 
     def fill(
@@ -104,17 +101,24 @@ class NormTable:
             self.address(),
             first,
             [n for rows, g in sums for n in (rows.data_ptr() + 8 * g * channels, rows.stride(0))],
-            [buffer.data_ptr() for pair in running for buffer in pair],
+            [array.address(buffer) for own in running for buffer in own],
             rule,
             native.place(self.device),
         )
 
-    def rows_at(self, first: int, running: Sequence[Running], rule: tuple[float, float]) -> Any:
+    def rows_at(
+        self,
+        first: int,
+        running: Sequence[Running],
+        rule: tuple[float, float],
+        maps: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> Any:
         """Return what a launch that leaves sums takes to fill the rows of its tensors, from `first`
-        on: their buffers, eps and momentum.
+        on: their buffers, eps and momentum, and where the scales and shifts go, [G, C] each, that
+        normalise them.
         """
-        buffers = [buffer.data_ptr() for pair in running for buffer in pair]
-        return self.address(), first, buffers, rule
+        buffers = [array.address(buffer) for own in running for buffer in own]
+        return self.address(), first, buffers, rule, *map(array.address, maps)
 
     def node(
         self,
@@ -154,10 +158,11 @@ class NormTable:
         dweights: Tensor | None,
         factors: Tensor | None = None,
         drawn: Drawn | None = None,
+        one: int = -1,
     ) -> None:
         """Fill the terms' rows and their entries of dweights [E, O], from the gradient of the node.
 
-        kept: as `node` returned it.
+        kept: as `node` returned it. one: a row whose by_g is to be 1, below 0 for none.
         """
         shape, place = tuple(g.shape), native.place(self.device)
         sites = 0 if drawn is None else len(drawn.indices)
@@ -174,6 +179,23 @@ class NormTable:
             None if drawn is None else drawn.native(backward=True),
             kept.data_ptr(),
             array.address(dweights),
+            one,
+            buffer.data_ptr(),
+            place,
+        )
+
+    def norms_backward(self, g: Sequence[Tensor], z: Sequence[Tensor], first: int) -> None:
+        """Fill K rows from `first` on, from the gradients of the normalised z."""
+        shape, place = tuple(z[0].shape), native.place(self.device)
+        space = native.extension.workspace(shape, len(z), 0, place)
+        buffer = torch.empty(space, dtype=torch.float64, device=self.device)
+        native.extension.norms_backward(
+            array.DTYPES[self.dtype],
+            shape,
+            array.flat((*g, *z)),
+            self.address(),
+            first,
+            self.statistics[0, first].data_ptr(),
             buffer.data_ptr(),
             place,
         )

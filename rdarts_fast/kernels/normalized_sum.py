@@ -214,7 +214,7 @@ class _NormalizedSum(Function):
         return None, dweights, None, ddrawn if ctx.needs_input_grad[3] else None, None, *dz
 
 
-Gradients = tuple[Sequence[Tensor | None], Tensor, Tensor]
+Gradients = tuple[Sequence[Tensor | None], Tensor | None, Tensor | None]
 
 
 def _fused_backward(ctx: Any, g: Tensor) -> Gradients:
@@ -243,6 +243,8 @@ def _fused_backward(ctx: Any, g: Tensor) -> Gradients:
         buffer.data_ptr(),
         place,
     )
+    if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[3]):
+        return dz, None, None
     dweights, ddrawn = buffer[:sums].to(dtype).split((len(z), sites))
     return dz, dweights, ddrawn
 

@@ -50,7 +50,7 @@ def launch_stages(
     z = [[array.empty(x[0], shape, torch.channels_last) for _ in x] for shape in shapes]
     dtype = array.coefficient_dtype(x[0].dtype)
     maps = torch.empty(len(links), 2, len(x), shapes[0][1], dtype=dtype, device=x[0].device)
-    running = [[tensor for pair in link.running for tensor in pair] for link in links]
+    running = [[buffer for own in link.running for buffer in own] for link in links]
     buffer = _buffer(x, _together(x), shapes, links, backward=False)
     native.extension.stages(
         array.DTYPES[x[0].dtype],
@@ -126,7 +126,7 @@ def _stages(
     shapes: Sequence[tuple[int, int, int, int]],
     z: Sequence[Sequence[Tensor]],
     links: Sequence[Link],
-    more: Sequence[Sequence[Tensor]],
+    more: Sequence[Sequence[Tensor | None]],
 ) -> list[tuple[object, ...]]:
     return [
         (
@@ -135,7 +135,7 @@ def _stages(
             link.geometry,
             [w.data_ptr() for w in link.weights],
             link.first,
-            [tensor.data_ptr() for tensor in others],
+            [array.address(tensor) for tensor in others],
         )
         for shape, tensors, link, others in zip(shapes, z, links, more, strict=True)
     ]

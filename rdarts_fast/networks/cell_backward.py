@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 from rdarts_fast.kernels.array import chosen, coefficient_dtype, empty
-from rdarts_fast.kernels.mixing import Sources, launch_mixing_backward
-from rdarts_fast.kernels.node_sum import launch_node_sum
+from rdarts_fast.kernels.mixing import (
+    MixingGradients,
+    Sources,
+    launch_mixing_backward,
+    launch_mixings_backward,
+)
+from rdarts_fast.kernels.node_sum import launch_node_sum, launch_node_sums
 from rdarts_fast.kernels.norm_table import NormTable
 from rdarts_fast.kernels.pool import KINDS, launch_pool_adjoint
 from rdarts_fast.kernels.stages import launch_stages_backward
-from rdarts_fast.networks.cell_forward import CellPass, Kept, Setting, own_term
+from rdarts_fast.networks.cell_forward import CellPass, Kept, Setting
 from rdarts_fast.networks.plan import Pool, Reduction, Single, Source, Stages
 from rdarts_fast.spaces import INPUTS
 
@@ -39,8 +44,7 @@ class CellBackward(CellPass):
         self.wants_inputs = [any(flags) for flags in of_inputs]
         self.wants_parameters = any(of_parameters)
         self.kept = kept
-        ones = self.plan.ones
-        self.table = NormTable.for_backward(kept.table[0], self.like, self.training, ones)
+        self.table = NormTable.for_backward(kept.table[0], self.like, self.training)
         self.ds: dict[int, Tensor] = {}  # the gradient of each state
         self.dparameters: list[Tensor | None] = [None] * len(self.parameters)
 
@@ -51,8 +55,7 @@ class CellBackward(CellPass):
         to these it adds in place.
         """
         nodes = len(self.plan.nodes)
-        # In float32; by the setting, in bfloat16.
-        g = [None if one is None else _dense(one.to(self.like.dtype)) for one in given]
+        g = _dense([None if one is None else one.to(self.like.dtype) for one in given])
         self.passed = g[nodes:]
         dweights = (torch.empty_like if self.plan.weighs_all else torch.zeros_like)(self.weights)
         for node in reversed(range(nodes)):
@@ -71,46 +74,56 @@ class CellBackward(CellPass):
                 dweights,
                 self.factors_of(found.edges),
                 self.drawn(node, self.kept.noise.get(state)),
+                self.plan.one_of(state - 1),
             )
-        if any(self.wants_inputs) or self.wants_parameters:
-            self.gradients_of(range(INPUTS), None)  # both: they share launches
-        dinputs = [self.preprocess_backward(*pair) for pair in enumerate(self.plan.inputs)]
-        return [dweights, *(dv for found in dinputs for dv in found), *self.dparameters]
+        dv = self.preprocess_backward()
+        return [dweights, *dv[0], *dv[1], *self.dparameters]
 
-    def preprocess_backward(self, i: int, reduction: Reduction) -> list[Tensor | None]:
-        """Return the gradients of an input's tensors."""
-        tensors = self.inputs[i]
-        dv: list[Tensor | None] = [None] * len(tensors)
-        adds = [False] * len(tensors)
-        if self.wants_inputs[i]:
-            passed = self.passed if i == 1 and self.passed else [None] * len(tensors)
-            adds = [g is not None for g in passed]
-            dv = [
-                empty(x, x.shape, torch.channels_last) if g is None else _inner(g)
-                for x, g in zip(tensors, passed, strict=True)
-            ]
-        elif not self.wants_parameters:
+    def preprocess_backward(self) -> list[list[Tensor | None]]:
+        """Return the gradients of the tensors of both inputs, which share launches."""
+        dv: list[list[Tensor | None]] = [[None] * len(tensors) for tensors in self.inputs]
+        wanted = [i for i in range(INPUTS) if self.wants_inputs[i] or self.wants_parameters]
+        if not wanted:
             return dv
-        ds, z = self.ds[i], self.kept.z[i]
-        self.table.node_backward(ds, [z], own_term(i), None, self.kept.means[i], None)
-        weights = reduction.by_edge(self.parameters[reduction.parameters])
-        dweights = launch_mixing_backward(
-            Sources(tensors, weights, reduction.stride),
-            [ds],
-            [z],
-            self.table.affine(i, 1),
-            dv,
-            adds,
-            wants_weights=self.wants_parameters,
-        )
-        self.keep(dweights, reduction.parameters)
+        self.gradients_of(range(INPUTS), None)
+        z = [self.kept.z[i] for i in range(INPUTS)]
+        self.table.norms_backward([self.ds[i] for i in range(INPUTS)], z, 0)
+        calls = []
+        for i in wanted:
+            reduction, adds = self.plan.inputs[i], [False] * len(dv[i])
+            if self.wants_inputs[i]:
+                dv[i], adds = self.room_for(i)
+            weights = reduction.by_edge(self.parameters[reduction.parameters])
+            sources = Sources(self.inputs[i], weights, reduction.stride)
+            affine = self.table.affine(i, 1)
+            calls.append(MixingGradients(sources, [self.ds[i]], [z[i]], affine, dv[i], adds))
+        found = launch_mixings_backward(calls, wants_weights=self.wants_parameters)
+        for i, dweights in zip(wanted, found, strict=True):
+            self.keep(dweights, self.plan.inputs[i].parameters)
         return dv
+
+    def room_for(self, i: int) -> tuple[list[Tensor | None], list[bool]]:
+        """Return where the gradients of an input's tensors go, and which are there to be added
+        to.
+        """
+        passed = self.passed if i == 1 and self.passed else [None] * len(self.inputs[i])
+        room: list[Tensor | None] = [
+            empty(x, x.shape, torch.channels_last) if g is None else _inner(g)
+            for x, g in zip(self.inputs[i], passed, strict=True)
+        ]
+        return room, [g is not None for g in passed]
 
     def gradients_of(self, states: Sequence[int], g: Tensor | None) -> None:
         """Make the gradients of states: g, and what comes back along the edges that leave them."""
         begun = set()  # those that are there to be added to
-        for i in states:
-            state, plain = self.kept.states[i], self.plain(i, self.plan.sources[i], g)
+        both = self.plan.alike_skips if len(states) == INPUTS else []
+        plains = (
+            self.skips_backward(both)
+            if both
+            else [self.plain(i, self.plan.sources[i], g) for i in states]
+        )
+        for i, plain in zip(states, plains, strict=True):
+            state = self.kept.states[i]
             self.ds[i] = empty(state, state.shape, torch.channels_last) if plain is None else plain
             if plain is not None:
                 begun.add(i)
@@ -148,6 +161,16 @@ class CellBackward(CellPass):
         terms += self.gradients_into(source.skips)
         out = empty(like, like.shape, torch.channels_last)
         return launch_node_sum(None, scale, None, factors, None, None, terms, out)
+
+    def skips_backward(self, both: Sequence[int]) -> list[Tensor]:
+        """Return what comes back along the skips that leave the inputs: edges of the first, then as
+        many of the second, to the same nodes.
+        """
+        count, first = len(both) // INPUTS, self.plan.sources[0].skip_row
+        scale, _, _ = self.table.rows(first, len(both))
+        terms, like = self.gradients_into(both[:count]), self.kept.states[0]
+        out = [empty(like, like.shape, torch.channels_last) for _ in range(INPUTS)]
+        return launch_node_sums(scale, self.factors_of(both), terms, out)
 
     def scale_of(self, source: Source, count: int, *, own: bool) -> Tensor:
         """Return what multiplies `count` gradients, of which a node's own is one or not, and those
@@ -255,7 +278,18 @@ def _inner(g: Tensor) -> Tensor:
     return g.contiguous(memory_format=torch.channels_last)
 
 
-def _dense(g: Tensor) -> Tensor:
-    """Return g, copied where its elements do not lie densely (a mean's gradient)."""
-    dense = g.is_contiguous(memory_format=torch.channels_last) or g.is_contiguous()
-    return g if dense else g.contiguous(memory_format=torch.channels_last)
+def _dense(g: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return g, copied where elements do not lie densely (a mean's gradient), at once where several
+    of one size do not.
+    """
+    by_size: dict[torch.Size, dict[int, Tensor]] = {}
+    for i, one in enumerate(g):
+        dense = one is None or one.is_contiguous(memory_format=torch.channels_last)
+        if one is not None and not (dense or one.is_contiguous()):
+            by_size.setdefault(one.shape, {})[i] = one
+    found = list(g)
+    for some in by_size.values():
+        copies = torch.stack([one.permute(0, 2, 3, 1) for one in some.values()])
+        for i, copy in zip(some, copies.permute(0, 1, 4, 2, 3), strict=True):
+            found[i] = copy
+    return found

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from rdarts_fast.draws import Draws
 from rdarts_fast.kernels.array import chosen, coefficient_dtype, empty
-from rdarts_fast.kernels.mixing import Sources, launch_mixing
-from rdarts_fast.kernels.norm_table import Drawn, NormTable, Running, Terms
+from rdarts_fast.kernels.mixing import Sources, launch_mixing, launch_mixings
+from rdarts_fast.kernels.node_sum import launch_scaled
+from rdarts_fast.kernels.norm_table import Drawn, NormTable, Running
 from rdarts_fast.kernels.pool import KINDS, launch_pools
 from rdarts_fast.kernels.stages import Link, launch_stages
 from rdarts_fast.networks.plan import Plan, Reduction, Rule, Single, Source, Stages
@@ -124,15 +125,13 @@ class CellPass:
         return Drawn((self.draws, found.sites), weights, factors, found.drawn, numbers)
 
 
-def own_term(row: int) -> Terms:
-    """Return the sum of one normalised tensor, that of a row: a preprocessed input."""
-    return Terms((row,), (0,), (True,))
-
-
 def buffers_of(norms: Sequence[nn.BatchNorm2d]) -> list[Running]:
-    """Return the running means and variances."""
+    """Return the running means and variances, and the numbers of batches."""
     buffers: list[Any] = [norm._buffers for norm in norms]
-    return [(found["running_mean"], found["running_var"]) for found in buffers]
+    return [
+        (found["running_mean"], found["running_var"], found["num_batches_tracked"])
+        for found in buffers
+    ]
 
 
 def check_single(single: Single, source: Source, state: Tensor, result: Tensor) -> None:
@@ -155,18 +154,11 @@ class CellForward(CellPass):
         self.kept, self.recorded = Kept(), setting.recorded
         channels = sum(half.out_channels for half in self.plan.inputs[0].convolutions[0])
         self.table = NormTable(self.plan.rows, channels, self.like, self.training)
-        self.kept.table[0] = self.table.statistics
+        self.kept.table[0], self.channels = self.table.statistics, channels
 
     def compute(self) -> list[Tensor]:
         """Return the nodes."""
-        if self.training:
-            counters = [norm.num_batches_tracked for norm in self.plan.norms]
-            torch._foreach_add_([count for count in counters if count is not None], 1)
-        for i, reduction in enumerate(self.plan.inputs):
-            self.preprocess(i, reduction)
-        first, second = (tuple(self.kept.states[i].shape) for i in range(INPUTS))
-        if first != second:
-            raise ValueError(f"inputs: expected two of one size, got {first} and {second}")
+        self.preprocess()
         nodes = []
         for i, source in enumerate(self.plan.sources):
             self.leave(i, source)
@@ -175,10 +167,22 @@ class CellForward(CellPass):
                 nodes.append(self.enter(node))
         return nodes
 
-    def preprocess(self, i: int, reduction: Reduction) -> None:
-        """Make an input of the cell its state."""
-        (z,) = self.mix(reduction, self.inputs[i])
-        self.kept.states[i], self.kept.means[i] = self.table.node([z], own_term(i), None)
+    def preprocess(self) -> None:
+        """Make the inputs of the cell its first states."""
+        dtype = coefficient_dtype(self.like.dtype)
+        shape = (2, INPUTS, 1, self.channels)
+        scale, shift = torch.empty(shape, dtype=dtype, device=self.like.device)
+        sources, rows = [], []
+        for i, reduction in enumerate(self.plan.inputs):
+            buffers, maps = buffers_of(reduction.norms), (scale[i], shift[i])
+            sources.append(self.sources_of(reduction, self.inputs[i]))
+            rows.append(self.table.rows_at(i, buffers, reduction.rule, maps))
+        first, second = (one.out_shape() for one in sources)
+        if first != second:
+            raise ValueError(f"inputs: expected two of one size, got {first} and {second}")
+        z = [one for (one,), _ in launch_mixings(sources, rows)]
+        self.kept.z.update(enumerate(z))
+        self.kept.states.update(enumerate(launch_scaled(z, scale, shift)))
 
     def enter(self, node: int) -> Tensor:
         """Return a node, which becomes the next state."""
@@ -200,7 +204,7 @@ class CellForward(CellPass):
         for stages in source.stages:
             self.convolve(stages)
         for reduction in source.reductions:
-            self.mix(reduction, [state])
+            self.mix(reduction, state)
         if source.pools:
             self.pool(i, source)
         for g in range(len(source.skips)):
@@ -222,13 +226,16 @@ class CellForward(CellPass):
             self.kept.z.update(enumerate(tensors, first))
         self.kept.maps[stages.rows[0]] = maps
 
-    def mix(self, reduction: Reduction, sources: Sequence[Tensor]) -> list[Tensor]:
-        """Compute FactorizedReduce or the 1x1 convolution of an input; return its z."""
+    def sources_of(self, reduction: Reduction, tensors: Sequence[Tensor]) -> Sources:
+        """Return what FactorizedReduce or the 1x1 convolution of an input computes with."""
         weights = reduction.by_edge(self.parameters[reduction.parameters])
+        return Sources(tensors, weights, reduction.stride)
+
+    def mix(self, reduction: Reduction, state: Tensor) -> None:
+        """Compute FactorizedReduce."""
         rows = self.table.rows_at(reduction.row, buffers_of(reduction.norms), reduction.rule)
-        z, _ = launch_mixing(Sources(sources, weights, reduction.stride), rows)
+        z, _ = launch_mixing(self.sources_of(reduction, [state]), rows)
         self.kept.z.update(enumerate(z, reduction.row))
-        return z
 
     def pool(self, i: int, source: Source) -> None:
         """Compute the pools of state i."""

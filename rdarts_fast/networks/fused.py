@@ -82,12 +82,15 @@ def _check(
     shape = (len(cell.edges), len(cell.edges[0].operations))
     check_coefficients(weights, "weights", "[E, O]", shape, like)
     dtype = weights.dtype
-    buffers = [buffer for pair in buffers_of(plan.norms) for buffer in pair]
-    for tensor in (*parameters, *buffers):
-        if tensor.dtype != dtype or tensor.device != like.device:
-            (name, *_) = (n for n, t in cell.state_dict(keep_vars=True).items() if t is tensor)
-            got = f"{tensor.dtype} on {tensor.device}"
-            raise TypeError(f"{name}: expected {dtype} on {like.device}, got {got}")
+    buffers = buffers_of(plan.norms)
+    numbers = [*parameters, *(buffer for mean, var, _ in buffers for buffer in (mean, var))]
+    counts = [count for _, _, count in buffers if count is not None]
+    for tensors, expected in ((numbers, dtype), (counts, torch.int64)):
+        for tensor in tensors:
+            if tensor.dtype != expected or tensor.device != like.device:
+                (name, *_) = (n for n, t in cell.state_dict(keep_vars=True).items() if t is tensor)
+                got = f"{tensor.dtype} on {tensor.device}"
+                raise TypeError(f"{name}: expected {expected} on {like.device}, got {got}")
 
 
 def fused_stem(stem: nn.Module, images: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class Source:
     reductions: list[Reduction] = field(default_factory=list)
     pools: list[Pool] = field(default_factory=list)  # in the order of KINDS
     skips: list[int] = field(default_factory=list)  # edges
-    skip_row: int = 0  # before it stands, of a node, a row whose by_g is 1
+    skip_row: int = 0  # before it stands, of a node, a row whose by_g becomes 1
     singles: list[Single] = field(default_factory=list)
 
 
@@ -148,9 +148,11 @@ class Plan:
     """The plan of a cell of `nodes` nodes. edges: [E], the candidates of each.
 
     `whole` says whether the kernels can compute the cell. rows: R of the table; the first two are
-    those of the preprocessing, and by_g of `ones` is 1, where a node's own gradient is summed with
-    that of the skips that leave it. weighs_all: whether every weight has a gradient. owners: the
+    those of the preprocessing. weighs_all: whether every weight has a gradient. owners: the
     module and name of every parameter. norms: every batch norm that the kernels compute.
+    alike_skips: the edges of the skips that leave the first input, then of those that leave the
+    second, where they enter the same nodes, their rows follow one another and nothing else comes
+    back to the inputs but by convolutions; else none.
     """
 
     def __init__(
@@ -166,7 +168,7 @@ class Plan:
         for row, reduction in enumerate(self.inputs):
             reduction.row = row
         self.sources = [Source(1) for _ in range(INPUTS + nodes)]
-        self.rows, self.ones = INPUTS, list[int]()
+        self.rows = INPUTS
         self._terms: list[list[tuple[int, int, int, bool]]] = [[] for _ in edges]
         self._drawn: list[list[tuple[int, int]]] = [[] for _ in edges]
         leaving = _together_at_inputs(self._candidates(nodes, edges, strides))
@@ -183,6 +185,7 @@ class Plan:
             0 < len(node.edges) <= MOST_INPUTS and len(node.sites) <= MOST_INPUTS
             for node in self.nodes
         )
+        self.alike_skips = self._alike_skips()
         self.owners = self._place_parameters()
         self.norms = self._found_norms()
 
@@ -212,7 +215,6 @@ class Plan:
         edges = [e for _, e, _, _ in group]
         modules: list[Any] = [module for _, _, _, module in group]
         if kind[0] == "skip" and any(source is node for node in self.sources[INPUTS:]):
-            self.ones.append(self.rows)
             self.rows += 1
         row = self._rows_of(group)
         if kind[0] == "stages":
@@ -259,6 +261,14 @@ class Plan:
             [e for _, _, e in drawn],
         )
 
+    def _alike_skips(self) -> list[int]:
+        first, second = self.sources[:INPUTS]
+        others = any(source.pools or source.singles for source in (first, second))
+        entered = [list(map(node_entered, source.skips)) for source in (first, second)]
+        follow = second.skip_row == first.skip_row + len(first.skips)
+        alike = entered[0] == entered[1] and follow and not others
+        return [*first.skips, *second.skips] if alike else []
+
     def _place_parameters(self) -> list[Owner]:
         """Return what owns each parameter, and tell each part where its own stand."""
         owners: list[Owner] = []
@@ -278,6 +288,13 @@ class Plan:
                 single.parameters = place(single.owners())
         return owners
 
+    def one_of(self, state: int) -> int:
+        """Return the row whose by_g is to be 1, where a node's own gradient is summed with those of
+        the skips that leave it; -1 where there is none.
+        """
+        source = self.sources[state]
+        return source.skip_row - 1 if state >= INPUTS and source.skips else -1
+
     def parameters(self) -> list[Tensor]:
         """Return every weight."""
         found: list[Any] = [module._parameters[name] for module, name in self.owners]
@@ -296,12 +313,17 @@ class Plan:
         return found
 
 
-def state_left(edge: int) -> int:
-    """Return the state that an edge leaves."""
+def node_entered(edge: int) -> int:
+    """Return the node that an edge enters."""
     node = 0
     while edge not in edges_into(node):
         node += 1
-    return list(edges_into(node)).index(edge)
+    return node
+
+
+def state_left(edge: int) -> int:
+    """Return the state that an edge leaves."""
+    return list(edges_into(node_entered(edge))).index(edge)
 
 
 def _together_at_inputs(leaving: Sequence[list[Candidate]]) -> list[list[Candidate]]:

@@ -297,8 +297,7 @@ class Supernet(SearchNetwork):
             passes = any(x.requires_grad for x in s1)
             found = cell(s0, s1, weights[cell.kind], draws, self.drop_path_prob, passes=passes)
             s0, s1 = (found[-len(s1) :], found[: -len(s1)]) if passes else (s1, found)
-        means = torch.cat([x.mean(dim=(2, 3)) for x in s1], dim=1)
-        logits: Tensor = self.classifier(means)
+        logits: Tensor = self.classifier(joined(s1).mean(dim=(2, 3)))
         return logits
 
     def restricted(self, weights: Weights) -> Supernet:

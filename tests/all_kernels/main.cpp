@@ -80,6 +80,10 @@ void sums(Case& c) {
   NodeSum sum = {out, z.data(), kInputs, c.coefficients(plane), c.coefficients(plane), factors, {}};
   sum.drawn = drawn_of(c);
   cuda::node_sum(sum, place);
+  NodeSum two = {c.out(c.shape), z.data(), 1, sum.scale, nullptr, nullptr, {}};
+  const std::vector<Array> outs = {two.out, c.out(c.shape)};
+  two.sums = 2, two.outs = outs.data();
+  cuda::node_sum(two, place);
 
   const std::vector<Array> dz = c.several(kInputs, c.shape, false);
   cuda::affine({g, z.data(), dz.data(), kInputs, c.coefficients(plane), c.coefficients(plane),
@@ -96,8 +100,15 @@ void sums(Case& c) {
   cuda::node_sum_dq({g, z.data(), kInputs, pivot, factors, sum.drawn, dq, of_noise,
                      c.memory.doubles(workspace)},
                     place);
+  double* const own_dq = c.memory.doubles(2 * plane);
+  NodeSumDq each = {g, z.data(), 2, pivot, factors, {}, own_dq, nullptr,
+                    c.memory.doubles(workspace)};
+  each.own = z.data();
+  cuda::node_sum_dq(each, place);
   finish("sums");
   check_written("node_sum", out);
+  for (const Array& a : outs) check_written("node_sum", a);
+  check_written("node_sum_dq", DType::kFloat64, own_dq, 4 * c.channels());
   for (const Array& a : dz) check_written("affine", a);
   check_written("channel_sums", DType::kFloat64, own, 3 * plane);
   check_written("channel_sums", DType::kFloat64, about, 2 * plane);
@@ -387,6 +398,30 @@ void mixings(Case& c, int halves, int stride) {
     c.check_room("mixing_backward", dweights[i], sizes[i]);
   }
   check_written("mixing", DType::kFloat64, forward.sums, 3 * kEdges * out);
+
+  // Two of an edge, in one launch.
+  std::vector<MixingForward> forwards;
+  std::vector<MixingBackward> backs;
+  for (int e = 0; e < 2; ++e) {
+    Mixing one = mixing;
+    one.edges = 1, one.weights = &weights[e * halves];
+    forwards.push_back({one, &z[e], c.memory.doubles(3 * out), forward.workspace, nullptr});
+    backs.push_back(back);
+    backs[e].mixing = one, backs[e].g = &g[e], backs[e].z = &zs[e];
+    backs[e].dweights = &dweights[e * halves];
+  }
+  forwards[1].workspace = c.memory.doubles(cuda::mixing_workspace(mixing, small.data(), false));
+  backs[1].workspace = c.memory.doubles(cuda::mixing_workspace(mixing, small.data(), true));
+  const std::vector<Array> others = {c.memory.tensor(c.dtype, c.shape, Layout::kInner, false),
+                                     c.memory.tensor(c.dtype, c.shape, Layout::kInner, true)};
+  backs[1].dv = others.data();
+  cuda::mixing(forwards[0], forwards[1], place);
+  cuda::mixing_backward(backs[0], backs[1], place);
+  finish("two mixings");
+  for (const MixingForward& one : forwards) {
+    check_written("two mixings", DType::kFloat64, one.sums, 3 * out);
+  }
+  for (const Array& a : others) check_written("two mixings", a);
 }
 
 void correlations(Case& c) {
