@@ -9,10 +9,10 @@ namespace {
 constexpr int kMostMixed = 64;    // sources
 constexpr int kEdgesForward = 6;  // a launch: what its parameters hold beside the sources
 
-template <typename T>
+template <typename T, typename Size>
 struct ForwardViews {
   SourceViews<T, kMostMixed> sources;
-  Tiling tiling;
+  Tiling<Size> tiling;
   Halves halves;
   Span<const SumOf<T>> weights[kEdgesForward][2];  // [O of the half, M C]
   Span<T> z[kEdgesForward];
@@ -21,58 +21,58 @@ struct ForwardViews {
 };
 
 // z of edge e on a block's tile, and its sums.
-template <typename T>
-__device__ __forceinline__ void make_tile(const ForwardViews<T>& a, int e) {
+template <typename T, bool tensor, typename Size>
+__device__ __forceinline__ void make_tile(const ForwardViews<T, Size>& a, int e) {
   using Sum = SumOf<T>;
-  const Tiling& t = a.tiling;
+  const Tiling<Size>& t = a.tiling;
   const auto& s = a.sources;
   const int half = blockIdx.y < a.halves.blocks[0] ? 0 : 1;
   const Region region(t, blockIdx.x, blockIdx.y - half * a.halves.blocks[0]);
   SharedParts<Sum> memory;
   const SharedSpan<Sum> y = memory.take(t.slots() * (t.depth + kPad));
-  const SharedSpan<Sum> lines = memory.take(t.depth * t.channels);
+  const SharedSpan<Sum> lines = memory.take(t.depth * (t.channels + kLinePad));
   const int64_t live = min(a.halves.channels[half] - region.channel, int64_t{t.channels});
-  Cell<Sum> cell(t);
+  Cell<Sum, Size> cell(t);
   for (int source = 0; source < s.sources; ++source) {
     for (int64_t channel = 0; channel < s.channels; channel += t.depth) {
       __syncthreads();  // the last channels have been read
-      fill_sources(s, source, half, t, region, channel, y);
+      fill_sources(s, source, half, t, region, channel, kPad, y);
       over(t.depth * t.channels, [&](int i) {
         const int64_t c = channel + i % t.depth, o = i / t.depth;
         const int64_t row = (region.channel + o) * s.sources + source;
-        lines[i % t.depth * t.channels + i / t.depth] =
+        lines[i % t.depth * (t.channels + kLinePad) + i / t.depth] =
             c < s.channels && o < live ? a.weights[e][half][row * s.channels + c] : Sum(0);
       });
       __syncthreads();
-      cell.multiply(y, lines, t);
+      cell.template multiply<tensor>(y, lines);
     }
   }
   const int64_t parts = gridDim.x, first = a.halves.first[half] + region.channel;
-  store_results(cell, t, region, a.z[e], t.of, first, live, a.whole);
-  sum_tile(cell, t, region, live, a.sums.partial, a.sums.edges * t.of * parts,
+  store_results<T>(cell, t, region, a.z[e], t.of, first, live, a.whole);
+  sum_tile(cell, region, live, a.sums.partial, a.sums.edges * t.of * parts,
            (a.sums.first + e) * t.of + first, parts, blockIdx.x);
 }
 
 // One block per tile of a sample, block of channels of a half, and edge.
-template <typename T>
-__global__ void __launch_bounds__(kStageThreads, 1)
-mixing_kernel(const __grid_constant__ ForwardViews<T> a) {
+template <typename T, bool tensor, typename Size>
+__global__ void __launch_bounds__(kStageThreads, kBlocksAtOnce<T>)
+mixing_kernel(const __grid_constant__ ForwardViews<T, Size> a) {
   const int e = static_cast<int>(blockIdx.z);
-  if (a.sums.parts > 0) make_tile(a, e);
+  if (a.sums.parts > 0) make_tile<T, tensor>(a, e);
   if (comes_last(a.sums.counters, e, gridDim.x * gridDim.y)) a.sums.finish(e, a.tiling.of, a.tiling);
 }
 
-template <typename T>
-void forward_of(const MixingForward& a, const Place& place) {
+template <typename T, bool tensor, typename Size>
+void forward_of(const MixingForward& a, const Tuned& row, const Place& place) {
   using Sum = SumOf<T>;
   const Mixing& m = a.mixing;
   const Array& z = a.z[0];
   const int64_t out = z.shape[1];
-  ForwardViews<T> views = {};
-  views.tiling = tiling_of_halves<Sum>(m, z.shape, shared_to_multiply);
-  const Tiling& t = views.tiling;
+  ForwardViews<T, Size> views = {};
+  views.tiling = tiling_of<Sum, Size>(row, shared_to_multiply<Size>), views.tiling.of = out;
+  const Tiling<Size>& t = views.tiling;
   views.sources = views_of<T, kMostMixed>(m, 0), views.halves = halves_of(m, out, t.channels);
-  views.sums = finished_sums<Sum, kEdgesForward>(a, m.edges, t, place);
+  views.sums = finished_sums<Sum, kEdgesForward>(a, m.edges, t.tiles(), place);
   views.whole = whole_rows(nullptr, views.halves.first[1]);
   for (int e = 0; e < m.edges; ++e) views.whole = views.whole && whole_rows(a.z[e].data, out);
   for (int first = 0; first < m.edges; first += kEdgesForward) {
@@ -86,9 +86,9 @@ void forward_of(const MixingForward& a, const Place& place) {
       views.z[e] = {static_cast<T*>(a.z[first + e].data), elements_of(z)};
     }
     const int64_t blocks = blocks_for(views.sums.parts);
-    const Grid grid = grid_of<Sum>(t, blocks, views.halves.blocks[0] + views.halves.blocks[1],
+    const Grid grid = grid_of<Sum>(blocks, views.halves.blocks[0] + views.halves.blocks[1],
                                    edges, shared_to_multiply(t));
-    launch("mixing", mixing_kernel<T>, grid, place, views);
+    launch("mixing", mixing_kernel<T, tensor, Size>, grid, place, views);
   }
 }
 
@@ -96,8 +96,29 @@ void forward_of(const MixingForward& a, const Place& place) {
 
 namespace cuda {
 
+// As if every sum were a double's.
+int64_t mixing_workspace(const Mixing& m, const int64_t* out_shape) {
+  const int64_t tiles = most_of_dtypes([&](auto number) {
+    using T = decltype(number);
+    const Tuned row = tuned_for_halves<T>(m, out_shape);
+    int64_t found = 0;
+    on_size<T>(row, [&](auto size) {
+      using Size = decltype(size);
+      found = tiling_of<SumOf<T>, Size>(row, shared_to_multiply<Size>).tiles();
+    });
+    return found;
+  });
+  return 3 * m.edges * out_shape[1] * out_shape[0] * tiles;
+}
+
 void mixing(const MixingForward& a, const Place& place) {
-  on_dtype(a.z[0].dtype, [&](auto number) { forward_of<decltype(number)>(a, place); });
+  on_dtype(a.z[0].dtype, [&](auto number) {
+    using T = decltype(number);
+    const Tuned row = tuned_for_halves<T>(a.mixing, a.z[0].shape);
+    on_size<T>(row, [&](auto size) {
+      forward_of<T, kForwardRounds<T>, decltype(size)>(a, row, place);
+    });
+  });
 }
 
 }  // namespace cuda
