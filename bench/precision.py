@@ -248,10 +248,13 @@ def rows(point: Point) -> Iterator[dict[str, Any]]:
         for name, forward in (("tf32", False), ("tf32, forward too", True)):
             TENSOR_CORES.forward, TENSOR_CORES.backward = forward, True
             yield of(f"of one pass, {name}", modules.of_one_pass(), one)
-            yield of(f"second order, {name}", modules.second_order([TF32] * 4), two)
-        TENSOR_CORES.forward = False
-        for name, first in (("fp32, modules", FP32), ("tf32 but in the virtual step", TF32)):
-            precisions = [FP32, *[first] * 3]
+        TENSOR_CORES.forward, TENSOR_CORES.backward = False, False
+        orders = {
+            "fp32, modules": [FP32] * 4,
+            "tf32": [FP32, TF32, TF32, TF32],  # as a search has it
+            "tf32 in the virtual step too": [TF32] * 4,
+        }
+        for name, precisions in orders.items():
             yield of(f"second order, {name}", modules.second_order(precisions), two)
     values = exact.lambda_max(), single.lambda_max()
     yield {

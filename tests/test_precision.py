@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdarts_fast import native
+from rdarts_fast import native, training
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError
 from rdarts_fast.kernels import node_sum
@@ -281,6 +281,24 @@ def test_a_search_in_bfloat16(
     a_step = [True, True] if order == "first" else [False, True, True, True, True]
     assert passes == 6 * a_step
     assert [record["epoch"] for record in run.metrics if "lambda_max" in record] == [0, 2]
+
+
+def test_a_search_in_tf32_leaves_the_virtual_step_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    original = supernet.fused_cell
+
+    def spied(*given: Any, **ways: bool) -> list[Tensor]:
+        if torch.is_grad_enabled():
+            seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return original(*given, **ways)
+
+    monkeypatch.setattr(supernet, "fused_cell", spied)
+    monkeypatch.setattr(training, "check_precision", lambda *given: None)  # here is no GPU
+    made = settings(tmp_path, precision="tf32", order="second", space="s2", epochs=1)
+    run_search(**made, epoch_steps=2)
+    assert seen[::3] == 2 * [False, True, True, True, True]  # three cells
 
 
 def test_a_random_search_in_bfloat16(tmp_path: Path) -> None:
