@@ -5,7 +5,8 @@ python -m bench.precision --space s2 --data folder:CIFAR --steps 50
 
 Of a supernet after `--steps` steps of its weights. One JSON line a row: the cosine of a gradient to
 float64's. "of one pass" is the gradient of the validation loss, of a pass that gives the weights'
-gradients too; "second order" the published one.
+gradients too; "second order" the published one. tf32 is emulated by the modules of torch, whose
+products have their factors rounded to 10 bits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -28,7 +29,7 @@ from rdarts_fast.draws import Draws
 from rdarts_fast.kernels import rounding
 from rdarts_fast.kernels.emulation import emulated_bfloat16
 from rdarts_fast.networks import narrow, softmax_weights, supernet
-from rdarts_fast.networks.precision import BF16, FP32
+from rdarts_fast.networks.precision import BF16, FP32, TF32
 
 CLIP, RATE, MOMENTUM, DECAY = 5.0, 0.025, 0.9, 3e-4
 
@@ -42,9 +43,9 @@ class Point:
     batches: Sequence[tuple[Tensor, Tensor]]  # of the weights' images and the alphas'
     momenta: Sequence[Tensor | None]
 
-    def to(self, dtype: torch.dtype) -> Point:
+    def to(self, dtype: torch.dtype, backend: str = "fused") -> Point:
         """Return a copy in another type."""
-        net = supernet.Supernet(self.net.space, *self.sizes()).to(dtype)
+        net = supernet.Supernet(self.net.space, backend=backend, **self.sizes()).to(dtype)
         net.load_state_dict(self.net.state_dict())
         alphas = {k: a.detach().to(dtype).requires_grad_() for k, a in self.alphas.items()}
         batches = [(images.to(dtype), labels) for images, labels in self.batches]
@@ -52,10 +53,15 @@ class Point:
         net.train()
         return Point(net, alphas, batches, momenta)
 
-    def sizes(self) -> tuple[int, int, int]:
-        """Return channels, layers and classes."""
-        stem = self.net.stem[0].out_channels // supernet.STEM_MULTIPLIER
-        return stem, len(self.net.cells), self.net.classifier.out_features
+    def sizes(self) -> dict[str, int]:
+        """Return what a supernet of these sizes is made with."""
+        stem, classifier = self.net.stem[0], self.net.classifier
+        return {
+            "channels": stem.out_channels // supernet.STEM_MULTIPLIER,
+            "layers": len(self.net.cells),
+            "classes": classifier.out_features,
+            "image_channels": stem.in_channels,
+        }
 
     def loss(self, batch: int, draw: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the loss on a batch."""
@@ -76,6 +82,7 @@ class Point:
 
         def loss(batch: int) -> Tensor:
             i = next(passes)
+            TENSOR_CORES.backward = precisions[i] == TF32
             self.net.compute(precisions[i])
             return self.loss(batch, i)
 
@@ -90,6 +97,7 @@ class Point:
             buffers=list(self.net.buffers()),
         )
         self.net.compute(FP32)
+        TENSOR_CORES.backward = False
         return _flat(found.gradient)
 
     def lambda_max(self) -> float:
@@ -99,6 +107,56 @@ class Point:
             [(a.shape[0], a.shape[1]) for a in self.alphas.values()]
         )
         return float(curvature.top_eigenvalue(operator, null_space=null).value)
+
+
+@dataclass
+class TensorCores:
+    """Which passes round the factors of products."""
+
+    forward: bool = False
+    backward: bool = False
+
+
+TENSOR_CORES = TensorCores()
+
+
+def to_10_bits(x: Tensor) -> Tensor:
+    """Round float32 to 10 bits of mantissa, ties away from zero."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution as TENSOR_CORES says."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: Any, padding: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.given = stride, padding
+        if TENSOR_CORES.forward:
+            x, weight = to_10_bits(x), to_10_bits(weight)
+        return F.conv2d(x, weight, None, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, (g,) = *ctx.saved_tensors, grads
+        if TENSOR_CORES.backward:
+            x, weight, g = to_10_bits(x), to_10_bits(weight), to_10_bits(g)
+        of_x = torch.nn.grad.conv2d_input(x.shape, weight, g, *ctx.given)
+        return of_x, torch.nn.grad.conv2d_weight(x, weight.shape, g, *ctx.given), None, None
+
+
+@contextmanager
+def emulated_tf32() -> Iterator[None]:
+    """Let torch's convolutions that are no depthwise ones follow TENSOR_CORES."""
+    own = torch.nn.Conv2d.forward
+
+    def forward(layer: torch.nn.Conv2d, x: Tensor) -> Tensor:
+        if layer.groups > 1:
+            return own(layer, x)
+        return cast(Tensor, _Convolution.apply(x, layer.weight, layer.stride, layer.padding))
+
+    with mock.patch.object(torch.nn.Conv2d, "forward", forward):
+        yield
 
 
 def _flat(gradient: Sequence[Tensor]) -> Tensor:
@@ -185,6 +243,19 @@ def rows(point: Point) -> Iterator[dict[str, Any]]:
         }
         for name, precisions in orders.items():
             yield of(f"second order, {name}", single.second_order(precisions), two)
+    modules = point.to(torch.float32, "reference")
+    with emulated_tf32():
+        for name, forward in (("tf32", False), ("tf32, forward too", True)):
+            TENSOR_CORES.forward, TENSOR_CORES.backward = forward, True
+            yield of(f"of one pass, {name}", modules.of_one_pass(), one)
+        TENSOR_CORES.forward, TENSOR_CORES.backward = False, False
+        orders = {
+            "fp32, modules": [FP32] * 4,
+            "tf32": [FP32, TF32, TF32, TF32],  # as a search has it
+            "tf32 in the virtual step too": [TF32] * 4,
+        }
+        for name, precisions in orders.items():
+            yield of(f"second order, {name}", modules.second_order(precisions), two)
     values = exact.lambda_max(), single.lambda_max()
     yield {
         "what": "lambda_max, float32 to float64",

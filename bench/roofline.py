@@ -6,10 +6,12 @@
 
 A floor is the larger of two times: the bytes that work.py counts over the memory's bandwidth, and
 the operations over the rate of the unit that does them. A kernel cannot be faster unless a cache
-answers. The rates of H100 and A100 are their datasheets' (NVIDIA H100 SXM5, A100 SXM4 80 GB); those
-of this machine are measured: a large copy, counting bytes read and written, and a large matrix
-product of float32. A second-order step is five passes forward and backward, a search --steps of
-them times --epochs; validation and lambda_max come on top.
+answers. Where tensor cores lower it, the floor with products on the general units stands in
+brackets: csrc/cuda/tuning.h uses them where they do on H100 or A100. The rates of these are their
+datasheets' (NVIDIA H100 SXM5, A100 SXM4 80 GB); those of this machine are measured: a large copy,
+counting bytes read and written, and a large matrix product of float32. A second-order step is five
+passes forward and backward, a search --steps of them times --epochs; validation and lambda_max come
+on top.
 """
 
 from __future__ import annotations
@@ -52,6 +54,11 @@ class Machine:
         moved = work.numbers * BYTES[precision] / self.bytes_a_second
         return moved, work.vector / self.vector + work.matrix / self.matrix[precision]
 
+    def floor_without(self, work: Work, precision: str) -> float:
+        """Return the least time without tensor cores, in seconds."""
+        moved, _ = self.times(work, precision)
+        return max(moved, work.vector / self.vector + work.matrix / self.vector)
+
 
 DATASHEETS = (
     Machine(
@@ -69,6 +76,14 @@ DATASHEETS = (
         {"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12},
     ),
 )
+
+
+def pays(work: Work, precision: str) -> bool:
+    """Say whether tensor cores lower a kernel's floor on one of the datasheets' GPUs."""
+    return any(
+        machine.floor(work, precision) < machine.floor_without(work, precision)
+        for machine in DATASHEETS
+    )
 
 
 def measured(device: torch.device, megabytes: int = 512, side: int = 2048) -> Machine:
@@ -99,10 +114,10 @@ def _rate_of_bf16(a: torch.Tensor, b: torch.Tensor, device: torch.device) -> flo
 
 def table(works: Sequence[Work], machines: Sequence[Machine], precision: str) -> list[str]:
     """Return the rows: a kernel and shape each, the largest floor of the first machine first."""
-    heads = "".join(f"{machine.name[:16] + ', ms':>22}" for machine in machines)
+    heads = "".join(f"{machine.name[:16] + ', ms':>26}" for machine in machines)
     rows = [f"{'kernel':<20}{'shape':<24}{'calls':>6}{'MB':>9}{'GFLOP':>8}{heads}"]
     for work in sorted(works, key=lambda work: -machines[0].floor(work, precision)):
-        cells = "".join(f"{_cell(machine, work, precision):>22}" for machine in machines)
+        cells = "".join(f"{_cell(machine, work, precision):>26}" for machine in machines)
         megabytes = work.numbers * BYTES[precision] / 1e6
         operations = (work.vector + work.matrix) / 1e9
         rows.append(
@@ -113,7 +128,9 @@ def table(works: Sequence[Work], machines: Sequence[Machine], precision: str) ->
 
 def _cell(machine: Machine, work: Work, precision: str) -> str:
     moved, computed = machine.times(work, precision)
-    return f"{1e3 * max(moved, computed):.3f} {'bytes' if moved >= computed else 'operations'}"
+    floor, without = max(moved, computed), machine.floor_without(work, precision)
+    bracket = f" ({1e3 * without:.3f})" if without > floor else ""
+    return f"{1e3 * floor:.3f} {'bytes' if moved >= computed else 'operations'}{bracket}"
 
 
 def totals(
@@ -176,6 +193,9 @@ def _json(
                 "megabytes": round(work.numbers * BYTES[parsed.precision] / 1e6, 3),
                 "gflop": round((work.vector + work.matrix) / 1e9, 4),
                 "floor_ms": float(f"{1e3 * machine.floor(work, parsed.precision):.4g}"),
+                "floor_without_tensor_cores_ms": float(
+                    f"{1e3 * machine.floor_without(work, parsed.precision):.4g}"
+                ),
             }
             for work in works
         ]

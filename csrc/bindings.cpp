@@ -37,7 +37,7 @@ Unit unit_named(const std::string& name) {
 }
 
 Place make_place(const std::string& unit, int threads, int device, std::uintptr_t stream,
-                 std::uintptr_t counters) {
+                 std::uintptr_t counters, bool tf32) {
   if (threads < 1) {
     throw std::invalid_argument("threads: expected 1 or more, found " + std::to_string(threads));
   }
@@ -45,7 +45,7 @@ Place make_place(const std::string& unit, int threads, int device, std::uintptr_
     throw std::invalid_argument("device: this is a CPU build, found CUDA device " +
                                 std::to_string(device));
   }
-  return {unit_named(unit), threads, device, stream, pointer<uint32_t>(counters)};
+  return {unit_named(unit), threads, device, stream, pointer<uint32_t>(counters), tf32};
 }
 
 using Counter = std::array<uint32_t, 4>;
@@ -120,7 +120,7 @@ PYBIND11_MODULE(_rdarts_fast, module) {
   py::class_<Place>(module, "Place", py::module_local(),
                     "Where a launcher runs; device -1 is the CPU.")
       .def(py::init(&make_place), py::arg("unit"), py::arg("threads") = 1, py::arg("device") = -1,
-           py::arg("stream") = 0, py::arg("counters") = 0);
+           py::arg("stream") = 0, py::arg("counters") = 0, py::arg("tf32") = false);
   module.attr("COUNTERS") = kCounters;
 
   const auto define = [&](const char* name, auto function, const char* text) {

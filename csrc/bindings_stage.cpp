@@ -221,8 +221,10 @@ int64_t mixing_buffer(int64_t edges, int64_t sources, int halves, const Shape& s
     Mixing m = {};
     m.edges = static_cast<int>(edges), m.sources = static_cast<int>(sources);
     m.halves = halves, m.x = &x;
-    const int64_t sums = backward ? 0 : 3 * edges * out_channels;
-    if constexpr (kCuda) return sums + cuda::mixing_workspace(m, out_shape.data(), backward);
+    if constexpr (kCuda) {
+      if (backward) return cuda::mixing_backward_workspace(m, out_shape.data());
+      return 3 * edges * out_channels + cuda::mixing_workspace(m, out_shape.data());
+    }
   }
   if (!backward) return 3 * edges * out_channels * (shape[0] + 1);
   return 16 * edges * (padded(out_channels) + 16) * sources * padded(shape[1]);
@@ -238,8 +240,11 @@ int64_t stage_buffer(int64_t edges, const Shape& shape, const Shape& out_shape,
     Stage stage = {};
     stage.edges = static_cast<int>(edges), stage.x = &x;
     std::tie(stage.kernel, stage.dilation, stage.stride) = geometry;
-    const int64_t sums = edges * (backward ? 2 * channels : 3 * out_channels);
-    if constexpr (kCuda) return sums + cuda::stage_workspace(stage, out_shape.data(), backward);
+    if constexpr (kCuda) {
+      const int64_t* const out = out_shape.data();
+      if (backward) return 2 * edges * channels + cuda::stage_backward_workspace(stage, out);
+      return 3 * edges * out_channels + cuda::stage_workspace(stage, out);
+    }
   }
   if (!backward) return 3 * edges * out_channels * samples;
   const int64_t taps = std::get<0>(geometry) * std::get<0>(geometry);

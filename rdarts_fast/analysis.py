@@ -27,6 +27,7 @@ from rdarts_fast.errors import UserError, exit_on_user_error
 from rdarts_fast.genotype import discretize, one_hot_weights
 from rdarts_fast.metrics import metric_of
 from rdarts_fast.networks import softmax_weights
+from rdarts_fast.networks.precision import in_float32
 from rdarts_fast.run_dir import SPACE, Run
 from rdarts_fast.search_state import SearchState, new_trace
 from rdarts_fast.spaces import load_space
@@ -215,6 +216,7 @@ class Landscape:
         return buffer.getvalue()
 
 
+@in_float32
 def landscape(searched: Searched, points: int = 15, radius: float = 1.0) -> Landscape:
     """Return the loss around the last alphas along the Hessian's two leading eigenvectors and along
     two random directions.

@@ -20,13 +20,14 @@ each time it is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Loss = Callable[[], Tensor]
+Within = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class VirtualStep:
     weight_decay: float
     buffers: Sequence[Tensor | None]  # one momentum buffer a parameter, None before the first step
     clip: float | None = None  # largest norm of both gradients in the weights; see second_order
+    within: Within = nullcontext  # where the gradient at w and exact derivatives are computed
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def second_order(
     """
     parameters = list(parameters)
     with unchanged(buffers), unchanged(parameters) as at_w:
-        _virtual_step(training_loss(), parameters, step)
+        with step.within():
+            _virtual_step(training_loss(), parameters, step)
         loss = validation_loss()
         gradients = torch.autograd.grad(loss, [*alphas, *parameters], materialize_grads=True)
         direct, vector = list(gradients[: len(alphas)]), list(gradients[len(alphas) :])
@@ -131,7 +134,8 @@ def second_order(
                 torch._foreach_add_(vector, parameters, alpha=step.weight_decay)
             torch._foreach_copy_(parameters, at_w)
         if exact:
-            implicit = exact_implicit_term(training_loss, parameters, alphas, vector)
+            with step.within():
+                implicit = exact_implicit_term(training_loss, parameters, alphas, vector)
         else:
             implicit = implicit_term(training_loss, parameters, alphas, vector, epsilon_scale)
         torch._foreach_mul_(implicit, step.learning_rate)

@@ -116,7 +116,10 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def place(device: torch.device) -> Any:
-    """Return the extension's Place for `device`: unit and threads, or CUDA device and stream."""
+    """Return the extension's Place for `device`: unit and threads, or CUDA device, stream and
+    whether float32's products of a backward pass may be TF32's, as torch's own
+    (torch.backends.cuda.matmul).
+    """
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         stream = torch.cuda.current_stream(index).cuda_stream
@@ -126,8 +129,8 @@ def place(device: torch.device) -> Any:
             captures = torch.cuda.is_current_stream_capturing()
         if not captures:
             counters = _counters(index, stream)
-        address = counters.data_ptr()
-        return extension.Place(cpu_unit(), device=index, stream=stream, counters=address)
+        ways = {"counters": counters.data_ptr(), "tf32": torch.backends.cuda.matmul.allow_tf32}
+        return extension.Place(cpu_unit(), device=index, stream=stream, **ways)
     return _cpu_place(extension, os.environ.get("RDARTS_CPU", ""), torch.get_num_threads())
 
 

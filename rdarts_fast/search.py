@@ -38,7 +38,7 @@ from rdarts_fast.genotype import Genotype, discretize, kept_edges
 from rdarts_fast.graph_step import StepInput, Tell
 from rdarts_fast.metrics import Outcome, Sums
 from rdarts_fast.networks import SearchNetwork, softmax_weights
-from rdarts_fast.networks.precision import in_float32
+from rdarts_fast.networks.precision import FP32, in_float32, torch_precision
 from rdarts_fast.oracle import Oracle
 from rdarts_fast.rollback import early_stop, goes_on, mark_abandoned, save_for_rollback
 from rdarts_fast.run_dir import GENOTYPE, RESULT, SPACE, Run, RunDir
@@ -227,7 +227,8 @@ def alpha_step(
         momenta = [state.weight_optimizer.state[p].get("momentum_buffer") for p in parameters]
         decay = state.regularisation.weight_decay
         clip = settings.grad_clip if settings.clips_virtual_step else None
-        virtual = bilevel.VirtualStep(rate, settings.momentum, decay, momenta, clip)
+        exactly = functools.partial(torch_precision, FP32)
+        virtual = bilevel.VirtualStep(rate, settings.momentum, decay, momenta, clip, exactly)
         result = bilevel.second_order(
             training_loss,
             validation_loss,

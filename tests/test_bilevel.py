@@ -1,6 +1,7 @@
 """The alphas' gradient, on functions whose derivatives are known and on a supernet in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -215,6 +216,27 @@ def test_passes_for_the_alphas_alone_have_no_gradient_in_the_weights() -> None:
     step = bilevel.VirtualStep(0.1, 0.0, 0.0, [None])
     bilevel.second_order(loss(q.training_loss), loss(q.validation_loss), [q.w], [q.alpha], step)
     assert seen == [True, True, False, False] and q.w.requires_grad
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_gradient_at_w_is_taken_within_what_the_step_says(exact: bool) -> None:
+    """Its backward pass too."""
+    q, inside, seen = Quadratic(), [False], []
+
+    @contextmanager
+    def within() -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    def loss() -> Tensor:
+        found = q.training_loss()
+        found.register_hook(lambda g: seen.append(inside[0]))
+        return found
+
+    step = bilevel.VirtualStep(0.1, 0.0, 0.0, [None], within=within)
+    bilevel.second_order(loss, q.validation_loss, [q.w], [q.alpha], step, exact=exact)
+    assert seen[0] and (all(seen) if exact else seen == [True, False, False])
 
 
 def test_a_loss_without_the_alphas_has_a_zero_gradient_in_them() -> None:

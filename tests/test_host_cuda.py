@@ -258,6 +258,32 @@ def test_primitives_give_what_cuda_says(factor: float, order: str) -> None:
     assert torch.equal(outcome("primitives", x, 640), expected)
 
 
+def to_10_bits(x: Tensor) -> Tensor:
+    """Round to the nearest number of 10 bits of mantissa, ties away from zero."""
+    mantissa, exponent = torch.frexp(x.double())
+    return torch.ldexp((mantissa.abs() * 2**11 + 0.5).floor() * mantissa.sign(), exponent - 11)
+
+
+def test_factors_are_rounded_as_ptx_says(order: str) -> None:
+    ties = torch.tensor([1 + 2.0**-11, 1 + 3 * 2.0**-11, -1 - 2.0**-11, 2 - 2.0**-11])
+    below = torch.nextafter(ties, torch.zeros(4))
+    x = torch.cat([numbers(64), 1e-30 * numbers(64), ties, below, torch.zeros(1)])
+    assert torch.equal(outcome("tf32s", x, len(x)).double(), to_10_bits(x))
+    assert outcome("tf32s", ties, 4).tolist() == [1 + 2.0**-10, 1 + 2.0**-9, -1 - 2.0**-10, 2]
+    ends = torch.tensor([NAN, float("inf"), -float("inf"), torch.finfo(torch.float32).max])
+    expected = torch.tensor([NAN, float("inf"), -float("inf"), float("inf")])
+    assert torch.equal(outcome("tf32s", ends, 4).nan_to_num(), expected.nan_to_num())
+
+
+def test_tensor_cores_multiply_matrices(order: str) -> None:
+    x = numbers(320)
+    a, b, c = x[:128].view(16, 8), x[128:192].view(8, 8), x[192:].view(16, 8)
+    found = outcome("tensor_core", x, 128).view(16, 8).double()
+    expected = to_10_bits(a) @ to_10_bits(b) + c
+    assert (found - expected).abs().max() < 2.0**-20 * expected.abs().max()  # sums of float32
+    assert (found - (a.double() @ b.double() + c)).abs().max() > 2.0**-14 * expected.abs().max()
+
+
 def test_shared_memory_is_poisoned_in_every_block(order: str) -> None:
     for _ in range(2):
         assert outcome("poison", torch.ones(4), 4).isnan().all()

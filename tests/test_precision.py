@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdarts_fast import native
+from rdarts_fast import native, training
 from rdarts_fast.draws import Draws
 from rdarts_fast.errors import UserError
 from rdarts_fast.kernels import node_sum
 from rdarts_fast.kernels.emulation import emulated_bfloat16
 from rdarts_fast.kernels.pool import KINDS, launch_pool_adjoint, launch_pools
 from rdarts_fast.networks import narrow, precision, softmax_weights, supernet
-from rdarts_fast.networks.precision import BF16, FP32, RULES, TF32, check_precision
+from rdarts_fast.networks.precision import BF16, FP32, RULES, TF32, check_precision, torch_precision
 from rdarts_fast.networks.supernet import Supernet
 from rdarts_fast.random_search import run_random_search
 from rdarts_fast.run_dir import Run
@@ -89,6 +89,31 @@ def test_lambda_max_is_that_of_float64(space: str) -> None:
         assert net.precision == (BF16 if dtype == torch.float32 else FP32)
     assert values[1] > 1e-3
     assert abs(values[0] - values[1]) < 0.02 * values[1]
+
+
+def test_the_hessian_is_float32_s_whatever_the_precision() -> None:
+    found = []
+    for name in (FP32, TF32):
+        net, alphas = network("s2", 4, 3)
+        images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        with on_host(), torch_precision(name):
+            operator = net.hessian_operator(alphas, images, torch.arange(2), Draws(3))
+            one = operator @ torch.eye(operator.shape[0])[0]
+            found.append((operator.gradient, one, operator.dense()))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("space", ["s2", "s4"])
+def test_gradients_of_rounded_products_are_those_of_float64(space: str) -> None:
+    """Run by the CUDA kernels on the CPU, whose bodies of tensor cores round what those do."""
+    _, *expected = gradient(*network(space, 16, 4, torch.float64), size=8, batch=4)
+    for name, least in ((TF32, 0.99999), (BF16, 0.9999)):
+        net, alphas = network(space, 16, 4)
+        net.compute(name)
+        with on_host(), torch_precision(name):
+            _, *found = gradient(net, alphas, size=8, batch=4)
+        for a, b in zip(found, expected, strict=True):
+            assert cosine(a, b) > least
 
 
 @pytest.mark.parametrize("space", ["s1", "s4", "darts"])
@@ -256,6 +281,24 @@ def test_a_search_in_bfloat16(
     a_step = [True, True] if order == "first" else [False, True, True, True, True]
     assert passes == 6 * a_step
     assert [record["epoch"] for record in run.metrics if "lambda_max" in record] == [0, 2]
+
+
+def test_a_search_in_tf32_leaves_the_virtual_step_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    original = supernet.fused_cell
+
+    def spied(*given: Any, **ways: bool) -> list[Tensor]:
+        if torch.is_grad_enabled():
+            seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return original(*given, **ways)
+
+    monkeypatch.setattr(supernet, "fused_cell", spied)
+    monkeypatch.setattr(training, "check_precision", lambda *given: None)  # here is no GPU
+    made = settings(tmp_path, precision="tf32", order="second", space="s2", epochs=1)
+    run_search(**made, epoch_steps=2)
+    assert seen[::3] == 2 * [False, True, True, True, True]  # three cells
 
 
 def test_a_random_search_in_bfloat16(tmp_path: Path) -> None:

@@ -76,6 +76,35 @@ def test_no_kernel_needs_more_than_its_registers() -> None:
     assert [kernel for kernel in found if kernel.stack or kernel.local] == []
 
 
+# Kernels whose products may go to tensor cores; the mangled name says in a bool whether they do.
+FORWARD = ("sep_stage_kernel", "mixing_kernel")
+BACKWARD = ("gradient_of_d_kernel", "gradient_of_weights_kernel", "gradient_of_sources_kernel")
+
+
+def tensor_core_instructions(binary: Path, arch: str) -> dict[str, int]:
+    """Return how many instructions of tensor cores each kernel of a GPU generation has."""
+    command = [cuobjdump(), "--dump-sass", "--gpu-architecture", arch, str(binary)]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    parts = re.split(r"^\s*Function : (\S+)\n", report, flags=re.M)
+    return {name: code.count("HMMA.") for name, code in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+@pytest.mark.skipif(not ARCHS, reason="the installed native module is a CPU build")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_products_are_on_tensor_cores_where_they_may_be_rounded(arch: str) -> None:
+    found = tensor_core_instructions(Path(str(native.extension.__file__)), arch)
+    for kernel in (*FORWARD, *BACKWARD):  # of type, size of a depthwise part, whether it rounds
+        pattern = rf"\d{kernel}I(f|d|13__nv_bfloat16)(?:Li\dE)?Lb(\d)E"
+        named = [(re.search(pattern, name), count) for name, count in found.items()]
+        of = {(match[1], match[2], count > 0) for match, count in named if match}
+        expected = {("f", "0", False), ("d", "0", False), ("13__nv_bfloat16", "1", True)}
+        if kernel in BACKWARD:
+            expected.add(("f", "1", True))
+        assert of == expected, kernel
+    others = {name for name, count in found.items() if count and "Lb1E" not in name}
+    assert others == set()
+
+
 PLANTED = """
 __global__ void clean(float* out, const float* in) { out[threadIdx.x] = in[threadIdx.x]; }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,6 +102,29 @@ def test_a_floor_is_the_larger_of_two_times(
 ) -> None:
     machine = Machine("m", "", 100.0, 10.0, {"fp32": 10.0, "bf16": 100.0})
     assert machine.floor(Work("k", "s", 1, numbers, vector, matrix), precision) == seconds
+
+
+def test_a_floor_without_tensor_cores_has_the_general_units_rate() -> None:
+    machine = Machine("m", "", 100.0, 10.0, {"fp32": 10.0, "bf16": 100.0})
+    work = Work("k", "s", 1, 1.0, 30.0, 100.0)
+    assert machine.floor_without(work, "bf16") == 13.0
+    assert machine.floor_without(work, "fp32") == machine.floor(work, "fp32") == 13.0
+    assert machine.floor_without(Work("k", "s", 1, 1e4, 30.0, 100.0), "bf16") == 200.0
+
+
+def test_kernels_use_tensor_cores_where_they_lower_a_floor() -> None:
+    """As csrc/cuda/tuning.h has it in the last column of its table."""
+    text = (Path(__file__).resolve().parent.parent / "csrc/cuda/tuning.h").read_text()
+    rows = re.findall(r"^    \{(\d+), (\d+), \d+, DType::k(\w+), .*(true|false)\},$", text, re.M)
+    assert len(rows) == text.count("    {") and rows
+    works = forward_backward(Setup("s4"))
+    for channels, size, dtype, used in rows:
+        shape = f"C{channels} {size}x{size}"
+        backward = [work for work in works if work.kernel == "sep_stage_backward"]
+        found = [work for work in backward if work.shape.startswith(shape)]
+        precision = {"Float32": "tf32", "BFloat16": "bf16", "Float64": "fp32"}[dtype]
+        assert found
+        assert any(roofline.pays(work, precision) for work in found) == (used == "true")
 
 
 def test_the_published_search_has_the_floor_of_the_design() -> None:

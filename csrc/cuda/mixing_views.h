@@ -18,11 +18,11 @@ struct SourceViews {
   int height, width, stride;
 };
 
-// y[slots, depth] on a tile of the images of z, zeros outside; the rows lie kPad further apart.
-template <typename T, int most, typename Sum = SumOf<T>>
+// y[slots, depth] on a tile of the images of z, zeros outside; the rows lie `pad` further apart.
+template <typename T, int most, typename Size, typename Sum = SumOf<T>>
 __device__ __forceinline__ void fill_sources(const SourceViews<T, most>& s, int source, int half,
-                                             const Tiling& t, const Region& region,
-                                             int64_t channel, const SharedSpan<Sum>& y) {
+                                             const Tiling<Size>& t, const Region& region,
+                                             int64_t channel, int pad, const SharedSpan<Sum>& y) {
   const View<const T>& x = s.x[source];
   const bool inner = x.steps.channel == 1;
   const auto line_of = [&](int c) {
@@ -37,7 +37,7 @@ __device__ __forceinline__ void fill_sources(const SourceViews<T, most>& s, int 
     if (region.holds(row, column) && h < s.height && w < s.width && channel + c < s.channels) {
       value = relu(line.of(value_at(x, region.sample, h, w, channel + c)));
     }
-    y[(row * t.columns + column) * (t.depth + kPad) + c] = value;
+    y[(row * t.columns + column) * (t.depth + pad) + c] = value;
   });
 }
 
@@ -84,21 +84,21 @@ inline int64_t weights_of(const Mixing& m, int64_t channels, int half) {
 
 inline int64_t largest_half(const Mixing& m, int64_t channels) { return channels_of_half(m, channels, 0); }
 
-inline int shared_to_multiply(const Tiling& t) {
-  return std::max(t.slots() * (t.depth + kPad) + t.depth * t.channels, kTileSums);
+template <typename Size>
+int shared_to_multiply(const Tiling<Size>& t) {
+  const int weights = t.depth * (t.channels + kLinePad);
+  return std::max(t.slots() * (t.depth + kPad) + weights, kTileSums);
 }
 
-inline int shared_for_weights(const Tiling& t) {
-  return std::max(t.slots() * (t.depth + t.channels + 2 * kPad), kResults);
+template <typename Size>
+int shared_for_weights(const Tiling<Size>& t) {
+  return std::max(t.slots() * (t.depth + t.channels + 2 * kLinePad), kResults);
 }
 
-// A tiling by halves of an image of so many channels.
-template <typename Sum, typename Numbers>
-Tiling tiling_of_halves(const Mixing& m, const int64_t* out_shape, const Numbers& shared) {
-  Tiling t = tiling_of<Sum>(out_shape[2], out_shape[3], largest_half(m, out_shape[1]),
-                            m.x[0].shape[1], shared);
-  t.of = out_shape[1];
-  return t;
+// The table's row for a half of z's channels.
+template <typename T>
+Tuned tuned_for_halves(const Mixing& m, const int64_t* out_shape) {
+  return tuned_for(largest_half(m, out_shape[1]), out_shape[2], out_shape[3], kDTypeOf<T>);
 }
 
 }  // namespace rdarts

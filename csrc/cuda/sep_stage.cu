@@ -13,10 +13,11 @@ template <int K>
 struct ForwardMemory {
   int columns, image, taps, weights, tile;  // columns of the image of y, and sizes
 
-  RDARTS_METHOD ForwardMemory(const Tiling& t, int stride, int dilation)
+  template <typename Size>
+  RDARTS_METHOD ForwardMemory(const Tiling<Size>& t, int stride, int dilation)
       : columns(reach<K>(t.columns, stride, dilation)),
         image(reach<K>(t.rows, stride, dilation) * columns * t.depth),
-        taps(K * K * t.depth), weights(t.depth * t.channels),
+        taps(K * K * t.depth), weights(t.depth * (t.channels + kLinePad)),
         tile(t.slots() * (t.depth + kPad)) {}
   RDARTS_METHOD int total() const { return max(image + taps + weights + tile, kTileSums); }
 
@@ -24,10 +25,10 @@ struct ForwardMemory {
   RDARTS_METHOD static int max(int a, int b) { return a < b ? b : a; }
 };
 
-template <typename T>
+template <typename T, typename Size>
 struct ForwardViews {
   StageViews<T> stage;
-  Tiling tiling;
+  Tiling<Size> tiling;
   Span<const SumOf<T>> pointwise[kTogether];  // [O, C]
   Span<T> z[kTogether];
   bool whole;
@@ -35,12 +36,13 @@ struct ForwardViews {
 };
 
 // d[slots, depth] = the depthwise part on a tile, zeros outside of the region.
-template <int K, typename Sum>
+template <int K, typename Sum, typename Size>
 __device__ __forceinline__ void convolve(const SharedSpan<Sum>& y, const SharedSpan<Sum>& taps,
-                                         const Tiling& t, const Region& region, int image_columns,
-                                         int stride, int dilation, const SharedSpan<Sum>& d) {
-  constexpr int together = 4;
-  const int c = static_cast<int>(threadIdx.x) % t.depth, lanes = kStageThreads / t.depth;
+                                         const Tiling<Size>& t, const Region& region,
+                                         int image_columns, int stride, int dilation,
+                                         const SharedSpan<Sum>& d) {
+  constexpr int together = 4, lanes = kStageThreads / Size::depth;
+  const int c = static_cast<int>(threadIdx.x) % t.depth;
   const int first = static_cast<int>(threadIdx.x) / t.depth, slots = t.slots();
   for (int slot = first; slot < slots; slot += together * lanes) {
     int from[together];
@@ -68,17 +70,17 @@ __device__ __forceinline__ void convolve(const SharedSpan<Sum>& y, const SharedS
 }
 
 // z of edge e on a block's tile, and its sums.
-template <typename T, int K>
-__device__ __forceinline__ void make_tile(const ForwardViews<T>& a, int e) {
+template <typename T, int K, bool tensor, typename Size>
+__device__ __forceinline__ void make_tile(const ForwardViews<T, Size>& a, int e) {
   using Sum = SumOf<T>;
-  const Tiling& t = a.tiling;
+  const Tiling<Size>& t = a.tiling;
   const StageViews<T>& s = a.stage;
   const Region region(t, blockIdx.x, blockIdx.y);
   const ForwardMemory<K> sizes(t, s.stride, s.dilation);
   SharedParts<Sum> memory;
   const SharedSpan<Sum> y = memory.take(sizes.image), taps = memory.take(sizes.taps);
   const SharedSpan<Sum> weights = memory.take(sizes.weights), d = memory.take(sizes.tile);
-  Cell<Sum> cell(t);
+  Cell<Sum, Size> cell(t);
   for (int64_t channel = 0; channel < s.channels; channel += t.depth) {
     __syncthreads();  // the last channels have been read
     fill_image(s, e, region.sample, channel, region.first_row * s.stride - s.pad,
@@ -89,43 +91,47 @@ __device__ __forceinline__ void make_tile(const ForwardViews<T>& a, int e) {
       const int64_t c = channel + i % t.depth, o = region.channel + i / t.depth;
       const bool live = c < s.channels && o < t.of;
       const Sum weight = live ? a.pointwise[e][o * s.channels + c] : Sum(0);
-      weights[i % t.depth * t.channels + i / t.depth] = weight;
+      weights[i % t.depth * (t.channels + kLinePad) + i / t.depth] = weight;
     });
     __syncthreads();
     convolve<K>(y, taps, t, region, sizes.columns, s.stride, s.dilation, d);
     __syncthreads();
-    cell.multiply(d, weights, t);
+    cell.template multiply<tensor>(d, weights);
   }
   const int64_t parts = gridDim.x, live = min(t.of - region.channel, int64_t{t.channels});
-  store_results(cell, t, region, a.z[e], t.of, region.channel, live, a.whole);
-  sum_tile(cell, t, region, live, a.sums.partial, a.sums.edges * t.of * parts,
+  store_results<T>(cell, t, region, a.z[e], t.of, region.channel, live, a.whole);
+  sum_tile(cell, region, live, a.sums.partial, a.sums.edges * t.of * parts,
            (a.sums.first + e) * t.of + region.channel, parts, blockIdx.x);
 }
 
 // One block per tile of a sample, block of channels of z, and edge.
-template <typename T, int K>
-__global__ void __launch_bounds__(kStageThreads, 1)
-sep_stage_kernel(const __grid_constant__ ForwardViews<T> a) {
+template <typename T, int K, bool tensor, typename Size>
+__global__ void __launch_bounds__(kStageThreads, kBlocksAtOnce<T>)
+sep_stage_kernel(const __grid_constant__ ForwardViews<T, Size> a) {
   const int e = static_cast<int>(blockIdx.z);
-  if (a.sums.parts > 0) make_tile<T, K>(a, e);
+  if (a.sums.parts > 0) make_tile<T, K, tensor>(a, e);
   if (comes_last(a.sums.counters, e, gridDim.x * gridDim.y)) a.sums.finish(e, a.tiling.of, a.tiling);
 }
 
 // ---- On the host.
 
-template <typename T, int K>
-void forward_of(const StageForward& a, const Place& place) {
+template <int K, typename Sum, typename Size>
+Tiling<Size> forward_tiling(const Stage& s, const Tuned& row) {
+  return tiling_of<Sum, Size>(row, [&](const Tiling<Size>& t) {
+    return ForwardMemory<K>(t, s.stride, s.dilation).total();
+  });
+}
+
+template <typename T, int K, bool tensor, typename Size>
+void forward_of(const StageForward& a, const Tuned& row, const Place& place) {
   using Sum = SumOf<T>;
   const Stage& s = a.stage;
   const Array& z = a.z[0];
   const int64_t channels = s.x[0].shape[1], out = z.shape[1];
-  const auto shared = [&](const Tiling& t) {
-    return ForwardMemory<K>(t, s.stride, s.dilation).total();
-  };
-  ForwardViews<T> views = {};
-  views.tiling = tiling_of<Sum>(z.shape[2], z.shape[3], out, channels, shared);
-  const Tiling& t = views.tiling;
-  views.sums = finished_sums<Sum, kTogether>(a, s.edges, t, place);
+  ForwardViews<T, Size> views = {};
+  views.tiling = forward_tiling<K, Sum, Size>(s, row);
+  const Tiling<Size>& t = views.tiling;
+  views.sums = finished_sums<Sum, kTogether>(a, s.edges, t.tiles(), place);
   const int64_t blocks = blocks_for(views.sums.parts);
   views.whole = true;
   for (int e = 0; e < s.edges; ++e) views.whole = views.whole && whole_rows(a.z[e].data, out);
@@ -137,8 +143,9 @@ void forward_of(const StageForward& a, const Place& place) {
       views.pointwise[e] = coefficients<Sum>(s.pointwise[first + e], out * channels);
       views.z[e] = {static_cast<T*>(a.z[first + e].data), elements_of(z)};
     }
-    const Grid grid = grid_of<Sum>(t, blocks, parts_of(out, t.channels), edges, shared(t));
-    launch("sep_stage", sep_stage_kernel<T, K>, grid, place, views);
+    const Grid grid = grid_of<Sum>(blocks, parts_of(out, t.channels), edges,
+                                   ForwardMemory<K>(t, s.stride, s.dilation).total());
+    launch("sep_stage", sep_stage_kernel<T, K, tensor, Size>, grid, place, views);
   }
 }
 
@@ -146,10 +153,32 @@ void forward_of(const StageForward& a, const Place& place) {
 
 namespace cuda {
 
+// As if every sum were a double's.
+int64_t stage_workspace(const Stage& s, const int64_t* out_shape) {
+  int64_t tiles = 0;
+  on_kernel(s.kernel, [&](auto kernel) {
+    tiles = most_of_dtypes([&](auto number) {
+      using T = decltype(number);
+      const Tuned row = tuned_for<T>(out_shape);
+      int64_t found = 0;
+      on_size<T>(row, [&](auto size) {
+        found = forward_tiling<decltype(kernel)::value, SumOf<T>, decltype(size)>(s, row).tiles();
+      });
+      return found;
+    });
+  });
+  return 3 * s.edges * out_shape[1] * out_shape[0] * tiles;
+}
+
 void sep_stage(const StageForward& a, const Place& place) {
   on_dtype(a.z[0].dtype, [&](auto number) {
     on_kernel(a.stage.kernel, [&](auto kernel) {
-      forward_of<decltype(number), decltype(kernel)::value>(a, place);
+      using T = decltype(number);
+      constexpr int K = decltype(kernel)::value;
+      const Tuned row = tuned_for<T>(a.z[0].shape);
+      on_size<T>(row, [&](auto size) {
+        forward_of<T, K, kForwardRounds<T>, decltype(size)>(a, row, place);
+      });
     });
   });
 }

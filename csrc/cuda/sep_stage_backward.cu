@@ -11,9 +11,9 @@ namespace {
 constexpr int64_t kMostWeightParts = 64;
 
 // What gradient_of_d_kernel takes.
-template <typename T>
+template <typename T, typename Size>
 struct GradientOfD {
-  Tiling tiling;  // of an image of d
+  Tiling<Size> tiling;  // of an image of d
   GradientViews<T, kTogether> gradient;
   Span<const SumOf<T>> pointwise[kTogether];
   Span<SumOf<T>> dd;  // [edges, N, H', W', C]
@@ -22,38 +22,43 @@ struct GradientOfD {
 };
 
 // dd = pointwise^T dz. One block per tile of a sample, block of channels of d, and edge.
-template <typename T>
-__global__ void __launch_bounds__(kStageThreads, 1)
-gradient_of_d_kernel(const __grid_constant__ GradientOfD<T> a) {
+template <typename T, bool tensor, typename Size>
+__global__ void __launch_bounds__(kStageThreads, kBlocksAtOnce<T>)
+gradient_of_d_kernel(const __grid_constant__ GradientOfD<T, Size> a) {
   using Sum = SumOf<T>;
-  const Tiling& t = a.tiling;
+  const Tiling<Size>& t = a.tiling;
   const int e = static_cast<int>(blockIdx.z);
   const Region region(t, blockIdx.x, blockIdx.y);
   SharedParts<Sum> memory;
   const SharedSpan<Sum> dz = memory.take(t.slots() * (t.depth + kPad));
-  const SharedSpan<Sum> weights = memory.take(t.depth * t.channels);
-  Cell<Sum> cell(t);
+  const SharedSpan<Sum> weights = memory.take(t.depth * (t.channels + kLinePad));
+  Cell<Sum, Size> cell(t);
   for (int64_t o = 0; o < a.gradient.channels; o += t.depth) {
     __syncthreads();  // the last channels have been read
-    fill_gradient(a.gradient, e, t, region, o, t.depth, dz);
+    fill_gradient(a.gradient, e, t, region, o, t.depth, kPad, dz);
     over(t.depth * t.channels, [&](int i) {
       const int64_t from = o + i / t.channels, c = region.channel + i % t.channels;
       const bool live = from < a.gradient.channels && c < t.of;
-      weights[i] = live ? a.pointwise[e][from * t.of + c] : Sum(0);
+      weights[i / t.channels * (t.channels + kLinePad) + i % t.channels] =
+          live ? a.pointwise[e][from * t.of + c] : Sum(0);
     });
     __syncthreads();
-    cell.multiply(dz, weights, t);
+    cell.template multiply<tensor>(dz, weights);
   }
   const int64_t live = min(t.of - region.channel, int64_t{t.channels});
   const int64_t image = a.samples * t.height * t.width * t.of;
   const Span<Sum> dd = {a.dd.data + e * image, image};
-  store_results(cell, t, region, dd, t.of, region.channel, live, a.whole);
+  store_results<Sum>(cell, t, region, dd, t.of, region.channel, live, a.whole);
 }
+
+// Each channel stands alone: a tile has as many as it goes over at a time.
+template <typename T>
+using SizeOfV = TileSize<16, sizeof(T) == 8 ? 8 : 16>;
 
 template <typename T>
 struct GradientOfV {
   StageViews<T> stage;
-  Tiling tiling;  // of an image of x
+  Tiling<SizeOfV<T>> tiling;  // of an image of x
   Span<T> dv[kTogether];
   Span<const SumOf<T>> dd;  // [edges, N, H', W', C]
   int64_t samples;
@@ -80,7 +85,8 @@ template <int K>
 struct BackMemory {
   int rows, columns, image, taps;
 
-  RDARTS_METHOD BackMemory(const Tiling& t, int stride, int dilation)
+  template <typename Size>
+  RDARTS_METHOD BackMemory(const Tiling<Size>& t, int stride, int dilation)
       : rows(reach_back<K>(t.rows, stride, dilation)),
         columns(reach_back<K>(t.columns, stride, dilation)),
         image(rows * columns * t.depth), taps(K * K * t.depth) {}
@@ -95,7 +101,7 @@ __device__ __forceinline__ void back_through_depthwise(const GradientOfV<T>& a, 
                                                        const SharedSpan<Sum>& image,
                                                        const SharedSpan<Sum>& taps, Sum& sum,
                                                        Sum& product) {
-  const Tiling& t = a.tiling;
+  const Tiling<SizeOfV<T>>& t = a.tiling;
   const StageViews<T>& s = a.stage;
   const int c = static_cast<int>(threadIdx.x) % t.depth, lanes = kStageThreads / t.depth;
   const int half = s.stride - 1;  // a division by the stride is a shift, below zero too
@@ -130,7 +136,8 @@ template <typename T, typename Sum = SumOf<T>>
 __device__ void sum_back(const GradientOfV<T>& a, int e, int64_t channel, unsigned part, Sum sum,
                          Sum product, Shared<Sum, 2 * kStageThreads>& shared) {
   const StageViews<T>& s = a.stage;
-  const int thread = static_cast<int>(threadIdx.x), depth = a.tiling.depth;
+  constexpr int depth = SizeOfV<T>::depth;
+  const int thread = static_cast<int>(threadIdx.x);
   shared[thread] = sum, shared[kStageThreads + thread] = product;
   __syncthreads();
   const int c = thread % depth;
@@ -172,7 +179,7 @@ template <typename T, int K>
 __device__ __forceinline__ void make_tile(const GradientOfV<T>& a, const BlockAt& block) {
   using Sum = SumOf<T>;
   __shared__ Shared<Sum, 2 * kStageThreads> shared;
-  const Tiling& t = a.tiling;
+  const Tiling<SizeOfV<T>>& t = a.tiling;
   const StageViews<T>& s = a.stage;
   const Region region(t, block.x, 0);
   const int64_t channel = static_cast<int64_t>(block.y) * t.depth;
@@ -211,48 +218,51 @@ __device__ __forceinline__ void gradient_of_v(const GradientOfV<T>& a, const Blo
   for (int i = a.begin[block.z]; i < a.begin[block.z + 1]; ++i) finish_back(a, a.order[i]);
 }
 
-template <typename T>
+template <typename T, typename Size>
 struct GradientsBelow {
   GradientOfV<T> v;
-  GradientOfWeights<T> weights;
+  GradientOfWeights<T, Size> weights;
   Jobs<2> jobs;
 };
 
 // What is made of dd.
-template <typename T, int K>
-__global__ void __launch_bounds__(kStageThreads, 1)
-gradients_below_kernel(const __grid_constant__ GradientsBelow<T> a) {
+template <typename T, int K, bool tensor, typename Size>
+__global__ void __launch_bounds__(kStageThreads, kBlocksAtOnce<T>)
+gradients_below_kernel(const __grid_constant__ GradientsBelow<T, Size> a) {
   BlockAt block;
   if (a.jobs.find(block) == 0) gradient_of_v<T, K>(a.v, block);
-  else gradient_of_weights<T, K>(a.weights, block);
+  else gradient_of_weights<T, K, tensor>(a.weights, block);
 }
 
 // ---- On the host.
 
 // The parts of a backward's workspace, in numbers of the sums' type, and its tilings.
-template <typename Sum, int K>
+template <typename T, int K, typename Size>
 struct BackwardPlan {
-  Tiling of_d, of_v, of_weights;
+  using Sum = SumOf<T>;
+  Tiling<Size> of_d, of_weights;
+  Tiling<SizeOfV<T>> of_v;
   int64_t sum_parts, items, each, weight_parts;
   int64_t sums, dd, weights, own;  // doubles, and numbers; gradients of an edge's weights
 
-  BackwardPlan(const Stage& s, const int64_t* out_shape) {
+  BackwardPlan(const Stage& s, const int64_t* out_shape, const Tuned& row) {
     const int64_t* const shape = s.x[0].shape;
     const int64_t channels = shape[1], out = out_shape[1];
     const int64_t height = out_shape[2], width = out_shape[3];
-    of_d = tiling_of<Sum>(height, width, channels, out, shared_of_d);
-    of_v = tiling_of<Sum>(shape[2], shape[3], 16, channels, [&](const Tiling& t) {
+    of_d = tiling_of<Sum, Size>(row, shared_of_d), of_d.of = channels;
+    const Tuned back = tuned_for(SizeOfV<T>::channels, shape[2], shape[3], kDTypeOf<T>);
+    of_v = tiling_of<Sum, SizeOfV<T>>(back, [&](const Tiling<SizeOfV<T>>& t) {
       const BackMemory<K> sizes(t, s.stride, s.dilation);
       return sizes.image + sizes.taps;
     });
-    of_weights = tiling_of<Sum>(height, width, out, channels, [&](const Tiling& t) {
+    of_weights = tiling_of<Sum, Size>(row, [&](const Tiling<Size>& t) {
       return WeightMemory<K>(t, s.stride, s.dilation).total();
     });
     sum_parts = shape[0] * of_v.tiles();
     items = shape[0] * of_weights.tiles();
-    const int64_t shallow = parts_of(channels, kLeastDepth) * parts_of(out, of_weights.channels);
-    const int64_t most = kTogether + shallow * std::min(s.edges, kTogether);  // counters
-    each = most_a_part(items, kMostWeightParts, most);
+    const int64_t counters =
+        kTogether + weight_blocks(channels) * std::min(s.edges, kTogether);
+    each = most_a_part(items, kMostWeightParts, counters);
     weight_parts = each ? parts_of(items, each) : 0;
     sums = 2 * s.edges * channels * sum_parts;
     dd = s.edges * shape[0] * height * width * channels;
@@ -261,23 +271,22 @@ struct BackwardPlan {
   }
   // Blocks of a part of an edge.
   int64_t weight_blocks(int64_t channels) const {
-    const Tiling& t = of_weights;
-    return parts_of(channels, t.depth) * parts_of(t.of, t.channels);
+    return parts_of(channels, Size::depth) * parts_of(of_weights.of, Size::channels);
   }
-  static int shared_of_d(const Tiling& t) {
-    return t.slots() * (t.depth + kPad) + t.depth * t.channels;
+  static int shared_of_d(const Tiling<Size>& t) {
+    return t.slots() * (t.depth + kPad) + t.depth * (t.channels + kLinePad);
   }
   // Doubles; the sums' type may be one.
   int64_t total() const { return sums + dd + weights + 2; }
 };
 
-template <typename T, int K>
+template <typename T, int K, bool tensor, typename Size>
 class Backward {
  public:
   using Sum = SumOf<T>;
 
-  Backward(const StageBackward& a, const Place& place)
-      : a_(a), s_(a.stage), place_(place), plan_(s_, a.g[0].shape) {
+  Backward(const StageBackward& a, const Tuned& row, const Place& place)
+      : a_(a), s_(a.stage), place_(place), plan_(s_, a.g[0].shape, row) {
     const int64_t even = (plan_.sums + 1) / 2 * 2;  // dd is read and written in vectors
     dd_ = reinterpret_cast<Sum*>(a.workspace + even);
     weights_ = {dd_ + (plan_.dd + 1) / 2 * 2, plan_.weights};
@@ -288,11 +297,11 @@ class Backward {
                                                 [](const Array& dv) { return dv.data != nullptr; });
     for (int first = 0; first < s_.edges; first += kTogether) {
       gradient_of_d(first);
-      GradientsBelow<T> views = {};
+      GradientsBelow<T, Size> views = {};
       const Grid of_v = wants_v ? gradient_of_v(first, views.v) : kNoGrid;
       const Grid of_weights = a_.ddepthwise ? gradient_of_weights(first, views.weights) : kNoGrid;
       const Grid grid = join(views.jobs, {of_v, of_weights});
-      launch("sep_stage_backward", gradients_below_kernel<T, K>, grid, place_, views);
+      launch("sep_stage_backward", gradients_below_kernel<T, K, tensor, Size>, grid, place_, views);
     }
   }
 
@@ -307,8 +316,8 @@ class Backward {
   }
 
   void gradient_of_d(int first) const {
-    GradientOfD<T> views = {};
-    const Tiling& t = views.tiling = plan_.of_d;
+    GradientOfD<T, Size> views = {};
+    const Tiling<Size>& t = views.tiling = plan_.of_d;
     const int64_t samples = a_.g[0].shape[0], out = a_.g[0].shape[1];
     const int edges = edges_of(s_, first);
     views.gradient = gradient_views<T, kTogether>(a_, first, edges);
@@ -317,13 +326,13 @@ class Backward {
     }
     views.dd = dd_of(first), views.samples = samples;
     views.whole = whole_rows(views.dd.data, t.of);
-    const Grid grid = grid_of<Sum>(t, samples * t.tiles(), parts_of(t.of, t.channels), edges,
+    const Grid grid = grid_of<Sum>(samples * t.tiles(), parts_of(t.of, t.channels), edges,
                                    plan_.shared_of_d(t));
-    launch("sep_stage_backward", gradient_of_d_kernel<T>, grid, place_, views);
+    launch("sep_stage_backward", gradient_of_d_kernel<T, tensor, Size>, grid, place_, views);
   }
 
   Grid gradient_of_v(int first, GradientOfV<T>& views) const {
-    const Tiling& t = views.tiling = plan_.of_v;
+    const Tiling<SizeOfV<T>>& t = views.tiling = plan_.of_v;
     const int64_t channels = s_.x[0].shape[1];
     views.stage = views_of<T>(s_, first);
     views.dd = read_dd(first), views.samples = a_.g[0].shape[0];
@@ -333,7 +342,7 @@ class Backward {
     if (a_.sums) sum_to(views);
     const int groups = group(first, views);
     const BackMemory<K> sizes(t, s_.stride, s_.dilation);
-    return grid_of<Sum>(t, blocks_for(plan_.sum_parts), parts_of(channels, t.depth), groups,
+    return grid_of<Sum>(blocks_for(plan_.sum_parts), parts_of(channels, t.depth), groups,
                         sizes.image + sizes.taps);
   }
 
@@ -371,8 +380,8 @@ class Backward {
     return groups;
   }
 
-  Grid gradient_of_weights(int first, GradientOfWeights<T>& views) const {
-    const Tiling& t = views.tiling = plan_.of_weights;
+  Grid gradient_of_weights(int first, GradientOfWeights<T, Size>& views) const {
+    const Tiling<Size>& t = views.tiling = plan_.of_weights;
     const int64_t channels = s_.x[0].shape[1];
     const int edges = edges_of(s_, first);
     views.stage = views_of<T>(s_, first);
@@ -387,14 +396,14 @@ class Backward {
       views.depthwise[e] = {static_cast<Sum*>(a_.ddepthwise[first + e]), channels * K * K};
       views.pointwise[e] = {static_cast<Sum*>(a_.dpointwise[first + e]), t.of * channels};
     }
-    return grid_of<Sum>(t, blocks_for(views.parts), plan_.weight_blocks(channels), edges,
+    return grid_of<Sum>(blocks_for(views.parts), plan_.weight_blocks(channels), edges,
                         WeightMemory<K>(t, s_.stride, s_.dilation).total());
   }
 
   const StageBackward& a_;
   const Stage& s_;
   const Place& place_;
-  const BackwardPlan<Sum, K> plan_;
+  const BackwardPlan<T, K, Size> plan_;
   Sum* dd_;
   Span<Sum> weights_;
 };
@@ -403,26 +412,34 @@ class Backward {
 
 namespace cuda {
 
-// As if every sum were a double's. Tiles are the same for all types.
-int64_t stage_workspace(const Stage& s, const int64_t* out_shape, bool backward) {
-  int64_t size = 0;
+// As if every sum were a double's.
+int64_t stage_backward_workspace(const Stage& s, const int64_t* out_shape) {
+  int64_t doubles = 0;
   on_kernel(s.kernel, [&](auto kernel) {
-    constexpr int K = decltype(kernel)::value;
-    if (backward) {
-      size = BackwardPlan<double, K>(s, out_shape).total();
-    } else {
-      const Tiling t = tiling_of<double>(out_shape[2], out_shape[3], out_shape[1], 1,
-                                         [](const Tiling&) { return 0; });
-      size = 3 * s.edges * out_shape[1] * out_shape[0] * t.tiles();
-    }
+    doubles = most_of_dtypes([&](auto number) {
+      using T = decltype(number);
+      const Tuned row = tuned_for<T>(out_shape);
+      int64_t found = 0;
+      on_size<T>(row, [&](auto size) {
+        found = BackwardPlan<T, decltype(kernel)::value, decltype(size)>(s, out_shape, row).total();
+      });
+      return found;
+    });
   });
-  return size;
+  return doubles;
 }
 
 void sep_stage_backward(const StageBackward& a, const Place& place) {
   on_dtype(a.g[0].dtype, [&](auto number) {
     on_kernel(a.stage.kernel, [&](auto kernel) {
-      Backward<decltype(number), decltype(kernel)::value>(a, place).run();
+      using T = decltype(number);
+      constexpr int K = decltype(kernel)::value;
+      const Tuned row = tuned_for<T>(a.g[0].shape);
+      on_size<T>(row, [&](auto size) {
+        on_products<T>(row, place, [&](auto tensor) {
+          Backward<T, K, decltype(tensor)::value, decltype(size)>(a, row, place).run();
+        });
+      });
     });
   });
 }

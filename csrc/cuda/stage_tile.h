@@ -8,18 +8,16 @@
 #include <algorithm>
 
 #include "launch.h"
+#include "tensor_core.h"
 #include "tile.h"
+#include "tuning.h"
 
 namespace rdarts {
 
-constexpr int kStageThreads = 256;
-constexpr int kCell = 4;                                      // pixels and channels of a thread
-constexpr int kResults = kStageThreads * kCell * kCell;       // of a block
 constexpr int kWarps = kStageThreads / 32;
-constexpr int kPad = 4;             // keeps rows of a tile out of one another's banks
-constexpr int kMostColumns = 16;    // of a tile
-constexpr int kLeastDepth = 4;
-constexpr int kSharedAim = 100 * 1024;  // bytes, so that a multiprocessor holds two blocks
+constexpr int kWarpChannels = 16, kWarpPixels = 32;  // of the block's results, a warp's
+constexpr int kPad = 4;      // keeps rows of a tile out of one another's banks, read along the rows
+constexpr int kLinePad = 8;  // and read down the columns
 
 // Hands out the block's dynamic shared memory, part after part.
 template <typename Sum>
@@ -35,13 +33,12 @@ class SharedParts {
   int used_ = 0;  // bytes
 };
 
-// How images [height, width] of `of` channels are cut into tiles.
-struct Tiling {
+// How images [height, width] of `of` channels are cut into tiles of a size, TileSize.
+template <typename Size>
+struct Tiling : Size {
   int height, width;
   int64_t of;
   int rows, columns;  // pixels of a tile
-  int channels;       // of a tile: 16, 32 or 64; a power of two, as is `depth`
-  int depth;          // channels that are summed along at a time: 4, 8 or 16
   int64_t down, across;
 
   RDARTS_METHOD int64_t tiles() const { return down * across; }
@@ -53,7 +50,8 @@ struct Region {
   int64_t sample, channel;
   int first_row, first_column, rows, columns;
 
-  __device__ Region(const Tiling& t, int64_t item, int64_t block_of_channels)
+  template <typename Size>
+  __device__ Region(const Tiling<Size>& t, int64_t item, int64_t block_of_channels)
       : sample(item / t.tiles()), channel(block_of_channels * t.channels) {
     const int64_t tile = item % t.tiles();
     first_row = static_cast<int>(tile / t.across) * t.rows;
@@ -125,43 +123,89 @@ __device__ __forceinline__ SumOf<T> value_at(const View<const T>& view, int64_t 
       view.memory[sample * s.sample + row * s.row + column * s.pixel + channel * s.channel]);
 }
 
-// A thread's results: pixels first_pixel + i * step of the tile's slots, four channels.
-template <typename Sum>
+// A thread's results: pixels pixel + i * kStep of the tile's slots, four channels. A warp has 32
+// pixels x 16 channels, in the order in which tensor cores leave them.
+template <typename Sum, typename Size>
 struct Cell {
-  int pixel, step, channel, slots, columns;
+  static constexpr int kStep = 8, kAcross = Size::channels / kWarpChannels;  // warps side by side
+  int pixel, channel, slots, columns;
   Sum value[kCell][kCell];  // pixels, channels
 
-  __device__ explicit Cell(const Tiling& t)
-      : pixel(static_cast<int>(threadIdx.x) / (t.channels / kCell)),
-        step(kStageThreads / (t.channels / kCell)),
-        channel(static_cast<int>(threadIdx.x) % (t.channels / kCell) * kCell),
-        slots(t.slots()), columns(t.columns), value{} {}
-
-  __device__ int row(int i) const { return (pixel + i * step) / columns; }
-  __device__ int column(int i) const { return (pixel + i * step) % columns; }
-  __device__ bool in(const Region& region, int i) const {
-    return pixel + i * step < slots && region.holds(row(i), column(i));
+  __device__ explicit Cell(const Tiling<Size>& t)
+      : slots(t.slots()), columns(t.columns), value{} {
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    pixel = warp / kAcross * kWarpPixels + lane / 4;
+    channel = warp % kAcross * kWarpChannels + lane % 4 * kCell;
   }
 
-  // Adds a[pixels, depth] b[depth, channels]; a's rows lie kPad further apart.
-  __device__ __forceinline__ void multiply(const SharedSpan<Sum>& a, const SharedSpan<Sum>& b,
-                                           const Tiling& t) {
-    using Four = Vector<Sum, kCell>;
+  __device__ int row(int i) const { return (pixel + i * kStep) / columns; }
+  __device__ int column(int i) const { return (pixel + i * kStep) % columns; }
+  __device__ bool in(const Region& region, int i) const {
+    return pixel + i * kStep < slots && region.holds(row(i), column(i));
+  }
+
+  // Adds a[pixels, depth] b[depth, channels], on tensor cores where `tensor`; a's rows lie kPad
+  // further apart, those of b kLinePad.
+  template <bool tensor>
+  __device__ __forceinline__ void multiply(const SharedSpan<Sum>& a, const SharedSpan<Sum>& b) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (pixel - lane / 4 >= slots) return;  // the whole warp
     int at[kCell];
 #pragma unroll
-    for (int i = 0; i < kCell; ++i) at[i] = min(pixel + i * step, slots - 1) * (t.depth + kPad);
-    if (pixel >= slots) return;
-    for (int k = 0; k < t.depth; k += kCell) {
+    for (int i = 0; i < kCell; ++i) {
+      at[i] = min(pixel + i * kStep, slots - 1) * (Size::depth + kPad);
+    }
+    if constexpr (tensor) multiply_on_tensor_cores(a, b, at);
+    else multiply_exactly(a, b, at);
+  }
+
+ private:
+  static constexpr int kRow = Size::channels + kLinePad;  // of b
+
+  __device__ __forceinline__ void multiply_exactly(const SharedSpan<Sum>& a,
+                                                   const SharedSpan<Sum>& b,
+                                                   const int (&at)[kCell]) {
+    using Four = Vector<Sum, kCell>;
+#pragma unroll 2
+    for (int k = 0; k < Size::depth; k += kCell) {
       Four rows[kCell];
 #pragma unroll
       for (int i = 0; i < kCell; ++i) rows[i] = a.template load<Four>(at[i] + k);
 #pragma unroll
       for (int j = 0; j < kCell; ++j) {
-        const Four line = b.template load<Four>((k + j) * t.channels + channel);
+        const Four line = b.template load<Four>((k + j) * kRow + channel);
 #pragma unroll
         for (int i = 0; i < kCell; ++i) {
 #pragma unroll
           for (int q = 0; q < kCell; ++q) value[i][q] += rows[i].lane[j] * line.lane[q];
+        }
+      }
+    }
+  }
+
+  // Two products of 16 pixels times two of 8 channels, every second of the warp's 16: so a thread's
+  // four stand side by side, and it reads its two of b at once.
+  __device__ __forceinline__ void multiply_on_tensor_cores(const SharedSpan<float>& a,
+                                                           const SharedSpan<float>& b,
+                                                           const int (&at)[kCell]) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, k = lane % 4;
+    const int n = channel - k * kCell + lane / 4 * 2;
+#pragma unroll
+    for (int first = 0; first < Size::depth; first += 8) {
+      const auto near = b.template load<Vector<float, 2>>((first + k) * kRow + n);
+      const auto far = b.template load<Vector<float, 2>>((first + 4 + k) * kRow + n);
+#pragma unroll
+      for (int i = 0; i < kCell; i += 2) {
+        const int upper = at[i] + first + k, lower = at[i + 1] + first + k;
+        const Tf32 left[4] = {tf32_of(a[upper]), tf32_of(a[lower]), tf32_of(a[upper + 4]),
+                              tf32_of(a[lower + 4])};
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const Tf32 right[2] = {tf32_of(near.lane[j]), tf32_of(far.lane[j])};
+          float sum[4] = {value[i][j], value[i][2 + j], value[i + 1][j], value[i + 1][2 + j]};
+          multiply_add(left, right, sum);
+          value[i][j] = sum[0], value[i][2 + j] = sum[1];
+          value[i + 1][j] = sum[2], value[i + 1][2 + j] = sum[3];
         }
       }
     }
@@ -224,8 +268,8 @@ struct GradientViews {
 
 // Rounds the results as memory holds them, and stores them: `live` of the tile's channels, which
 // follow on channel `first` of dense images of `channels`, channels innermost.
-template <typename T>
-__device__ __forceinline__ void store_results(Cell<SumOf<T>>& cell, const Tiling& t,
+template <typename T, typename Size>
+__device__ __forceinline__ void store_results(Cell<SumOf<T>, Size>& cell, const Tiling<Size>& t,
                                               const Region& region, const Span<T>& to,
                                               int64_t channels, int64_t first, int64_t live,
                                               bool whole) {
@@ -244,18 +288,19 @@ __device__ __forceinline__ void store_results(Cell<SumOf<T>>& cell, const Tiling
 }
 
 // dz[slots, channels] of a tile and a power of two of channels from `first` on, zeros where there
-// are none; the rows lie kPad further apart.
-template <typename T, int edges>
+// are none; the rows lie `pad` further apart.
+template <typename T, int edges, typename Size>
 __device__ __forceinline__ void fill_gradient(const GradientViews<T, edges>& gradient, int e,
-                                              const Tiling& t, const Region& region, int64_t first,
-                                              int channels, const SharedSpan<SumOf<T>>& dz) {
+                                              const Tiling<Size>& t, const Region& region,
+                                              int64_t first, int channels, int pad,
+                                              const SharedSpan<SumOf<T>>& dz) {
   using Line = typename GradientViews<T, edges>::Line;
   const bool inner = gradient.g[e].steps.channel == 1;
   const auto line_of = [&](int o) { return gradient.line_of(e, region.sample, first + o); };
   over_pixels(t.rows, t.columns, channels, inner, line_of,
               [&](int row, int column, int o, const Line& line) {
     const bool live = region.holds(row, column) && first + o < gradient.channels;
-    dz[(row * t.columns + column) * (channels + kPad) + o] =
+    dz[(row * t.columns + column) * (channels + pad) + o] =
         live ? gradient.at(e, region.sample, region.first_row + row,
                            region.first_column + column, first + o, line)
              : SumOf<T>(0);
@@ -263,57 +308,90 @@ __device__ __forceinline__ void fill_gradient(const GradientViews<T, edges>& gra
 }
 
 // Gradients of weights: an outer product, tile channels x depth, summed along pixels. The threads
-// stand in cells of 4 x 4 numbers, and several of a cell take turns at the pixels.
-template <typename Sum>
+// stand in cells of 4 x 4 numbers, and several of a cell take turns at the pixels; on tensor cores
+// warps stand in cells of 16 channels and the whole depth, and take turns at each 8 pixels.
+template <typename Sum, typename Size, bool tensor>
 struct OuterCell {
-  int cell, cells, turn, turns;
-  int row, column;  // among the tile's channels, along the depth
-  Sum value[kCell][kCell];
+  static constexpr int kRows = tensor ? 2 : kCell, kColumns = tensor ? Size::depth / 4 : kCell;
+  static constexpr int kCells =
+      tensor ? Size::channels / 16 : Size::channels / kCell * (Size::depth / kCell);
+  static constexpr int kTurns = (tensor ? kWarps : kStageThreads) / kCells;
+  static constexpr int kNumbers = Size::channels * Size::depth;
+  static_assert(kTurns > 0 && kTurns * kNumbers <= kResults, "finish() has no room");
+  int turn, row, column;  // among the tile's channels, along the depth
+  Sum value[kRows][kColumns];
 
-  __device__ explicit OuterCell(const Tiling& t)
-      : cells(t.channels / kCell * (t.depth / kCell)), value{} {
-    const int thread = static_cast<int>(threadIdx.x);
-    cell = thread % cells, turn = thread / cells, turns = kStageThreads / cells;
-    row = cell / (t.depth / kCell) * kCell, column = cell % (t.depth / kCell) * kCell;
+  __device__ OuterCell() : value{} {
+    const int thread = static_cast<int>(threadIdx.x), cell = thread / (tensor ? 32 : 1) % kCells;
+    turn = thread / (tensor ? 32 : 1) / kCells;
+    row = tensor ? cell * 16 + thread % 32 / 4 : cell / (Size::depth / kCell) * kCell;
+    column = tensor ? thread % 4 * 2 : cell % (Size::depth / kCell) * kCell;
   }
 
-  // a [slots, channels] and b [slots, depth], whose rows lie kPad further apart.
+  // a [slots, channels] and b [slots, depth], whose rows lie kLinePad further apart.
   __device__ __forceinline__ void add(const SharedSpan<Sum>& a, const SharedSpan<Sum>& b,
-                                      const Tiling& t) {
-    using Four = Vector<Sum, kCell>;
-    for (int slot = turn; slot < t.slots(); slot += turns) {
-      const Four left = a.template load<Four>(slot * (t.channels + kPad) + row);
-      const Four right = b.template load<Four>(slot * (t.depth + kPad) + column);
-#pragma unroll
-      for (int i = 0; i < kCell; ++i) {
-#pragma unroll
-        for (int j = 0; j < kCell; ++j) value[i][j] += left.lane[i] * right.lane[j];
-      }
-    }
+                                      int slots) {
+    if constexpr (tensor) add_on_tensor_cores(a, b, slots);
+    else add_exactly(a, b, slots);
   }
 
   // finish(i, j, sum) for every number of the product, by all threads.
   template <typename Finish>
-  __device__ __forceinline__ void finish(const Tiling& t, const Finish& finish) {
-    const SharedSpan<Sum> shared = dynamic_shared<Sum>(kResults);
+  __device__ __forceinline__ void finish(const Finish& finish) {
+    const SharedSpan<Sum> shared = dynamic_shared<Sum>(kTurns * kNumbers);
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kCell; ++i) {
+    for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-      for (int j = 0; j < kCell; ++j) {
-        shared[(i * kCell + j) * kStageThreads + static_cast<int>(threadIdx.x)] = value[i][j];
+      for (int j = 0; j < kColumns; ++j) {
+        const int down = row + (tensor ? 8 * i : i), right = column + (tensor ? j / 2 * 8 + j % 2 : j);
+        shared[turn * kNumbers + down * Size::depth + right] = value[i][j];
       }
     }
     __syncthreads();
-    over(t.channels * t.depth, [&](int number) {
-      const int i = number / t.depth, j = number % t.depth;
-      const int from = i / kCell * (t.depth / kCell) + j / kCell;
+    over(kNumbers, [&](int number) {
       Sum sum = 0;
-      for (int k = 0; k < turns; ++k) {
-        sum += shared[(i % kCell * kCell + j % kCell) * kStageThreads + k * cells + from];
-      }
-      finish(i, j, sum);
+      for (int k = 0; k < kTurns; ++k) sum += shared[k * kNumbers + number];
+      finish(number / Size::depth, number % Size::depth, sum);
     });
+  }
+
+ private:
+  static constexpr int kRowOfA = Size::channels + kLinePad, kRowOfB = Size::depth + kLinePad;
+
+  __device__ __forceinline__ void add_exactly(const SharedSpan<Sum>& a, const SharedSpan<Sum>& b,
+                                              int slots) {
+    using Four = Vector<Sum, kCell>;
+    for (int slot = turn; slot < slots; slot += kTurns) {
+      const Four left = a.template load<Four>(slot * kRowOfA + row);
+      const Four right = b.template load<Four>(slot * kRowOfB + column);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) value[i][j] += left.lane[i] * right.lane[j];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_on_tensor_cores(const SharedSpan<float>& a,
+                                                      const SharedSpan<float>& b, int slots) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4;
+    for (int first = 8 * turn; first < slots; first += 8 * kTurns) {
+      const int near = first + lane % 4, far = near + 4;
+      const auto of = [&](const SharedSpan<float>& from, int slot, int size, int at) {
+        return tf32_of(slot < slots ? from[slot * size + at] : 0.0f);
+      };
+      const Tf32 left[4] = {of(a, near, kRowOfA, row), of(a, near, kRowOfA, row + 8),
+                            of(a, far, kRowOfA, row), of(a, far, kRowOfA, row + 8)};
+#pragma unroll
+      for (int j = 0; j < kColumns; j += 2) {
+        const Tf32 right[2] = {of(b, near, kRowOfB, 4 * j + g), of(b, far, kRowOfB, 4 * j + g)};
+        float sum[4] = {value[0][j], value[0][j + 1], value[1][j], value[1][j + 1]};
+        multiply_add(left, right, sum);
+        value[0][j] = sum[0], value[0][j + 1] = sum[1];
+        value[1][j] = sum[2], value[1][j + 1] = sum[3];
+      }
+    }
   }
 };
 
@@ -321,34 +399,45 @@ struct OuterCell {
 
 inline int64_t parts_of(int64_t size, int64_t each) { return (size + each - 1) / each; }
 
-// Tiles for results of so many channels, summed along `along`; shared(tiling) is the numbers of
-// shared memory that they take.
-template <typename Sum, typename Shared>
-Tiling tiling_of(int64_t height, int64_t width, int64_t channels, int64_t along,
-                 const Shared& shared) {
-  Tiling t = {};
-  t.height = static_cast<int>(height), t.width = static_cast<int>(width), t.of = channels;
-  t.channels = channels <= 16 ? 16 : channels <= 32 ? 32 : 64;
-  t.across = parts_of(width, kMostColumns);
-  t.columns = t.across ? static_cast<int>(parts_of(width, t.across)) : 1;
-  const int64_t most = kResults / t.channels / t.columns;
-  t.rows = static_cast<int>(std::clamp<int64_t>(height, 1, most));
-  t.down = parts_of(height, t.rows);
-  for (t.depth = 16; t.depth > kLeastDepth; t.depth /= 2) {
-    if (along > t.depth / 2 && shared(t) * static_cast<int64_t>(sizeof(Sum)) <= kSharedAim) break;
+// Tiles of an image of results, as the row says; shared(tiling) is the numbers of shared memory that
+// they take, for which they may have fewer rows.
+template <typename Sum, typename Size, typename Shared>
+Tiling<Size> tiling_of(const Tuned& row, const Shared& shared) {
+  Tiling<Size> t = {};
+  t.height = static_cast<int>(row.height), t.width = static_cast<int>(row.width), t.of = row.of;
+  t.rows = row.rows, t.columns = row.columns;
+  while (t.rows > 1 && shared(t) * static_cast<int64_t>(sizeof(Sum)) > kSharedAim) {
+    t.rows = (t.rows + 1) / 2;
   }
+  t.down = parts_of(row.height, t.rows), t.across = parts_of(row.width, t.columns);
   return t;
 }
 
 template <typename Sum>
-Grid grid_of(const Tiling& t, int64_t items, int64_t blocks_of_channels, int64_t edges,
-             int64_t numbers) {
+Grid grid_of(int64_t items, int64_t blocks_of_channels, int64_t edges, int64_t numbers) {
   return {blocks_of(items, blocks_of_channels, edges), dim3(kStageThreads),
           static_cast<size_t>(numbers) * sizeof(Sum)};
 }
 
 inline int64_t elements_of(const Array& a) {
   return a.shape[0] * a.shape[1] * a.shape[2] * a.shape[3];
+}
+
+template <typename T>
+constexpr DType kDTypeOf = sizeof(T) == 8   ? DType::kFloat64
+                           : sizeof(T) == 4 ? DType::kFloat32
+                                            : DType::kBFloat16;
+
+// The table's row of results of that shape, by tensors of type T.
+template <typename T>
+Tuned tuned_for(const int64_t* shape) {
+  return tuned_for(shape[1], shape[2], shape[3], kDTypeOf<T>);
+}
+
+// The most that call(T{}) gives for any type of tensors.
+template <typename Call>
+int64_t most_of_dtypes(const Call& call) {
+  return std::max({call(double{}), call(float{}), call(__nv_bfloat16{})});
 }
 
 // call(T{}) for the type of the tensors.
@@ -379,7 +468,7 @@ GradientViews<T, most> gradient_views(const Arguments& a, int first, int edges) 
 }
 
 // Items of a part, for no more parts than `most`; one part where no counters are left to tell the
-// last of several. `blocks`: of a part, at the least depth, so that all types have the same parts.
+// last of several. `blocks`: of a part.
 inline int64_t most_a_part(int64_t items, int64_t most, int64_t blocks) {
   return parts_of(items, blocks <= kCounters ? most : 1);
 }

@@ -7,10 +7,10 @@
 
 namespace rdarts {
 
-template <typename T>
+template <typename T, typename Size>
 struct GradientOfWeights {
   StageViews<T> stage;
-  Tiling tiling;  // of an image of z
+  Tiling<Size> tiling;  // of an image of z
   GradientViews<T, kTogether> gradient;
   Span<const SumOf<T>> dd;  // [edges, N, H', W', C]
   int64_t items, each;      // tiles of all samples, of a part
@@ -25,10 +25,11 @@ template <int K>
 struct WeightMemory {
   int columns, image, taps, d, dz;
 
-  RDARTS_METHOD WeightMemory(const Tiling& t, int stride, int dilation)
+  template <typename Size>
+  RDARTS_METHOD WeightMemory(const Tiling<Size>& t, int stride, int dilation)
       : columns(reach<K>(t.columns, stride, dilation)),
         image(reach<K>(t.rows, stride, dilation) * columns * t.depth), taps(K * K * t.depth),
-        d(t.slots() * (t.depth + kPad)), dz(t.slots() * (t.channels + kPad)) {}
+        d(t.slots() * (t.depth + kLinePad)), dz(t.slots() * (t.channels + kLinePad)) {}
   RDARTS_METHOD int total() const {
     const int all = image + taps + d + dz;
     return all < kResults ? kResults : all;
@@ -36,14 +37,15 @@ struct WeightMemory {
 };
 
 // d[slots, depth] as `convolve` makes it; dtaps += what the thread's channel gets of dd there.
-template <int K, typename T, typename Sum = SumOf<T>>
+template <int K, typename T, typename Size, typename Sum = SumOf<T>>
 __device__ __forceinline__ void convolve_and_collect(
-    const GradientOfWeights<T>& a, int e, const Region& region, int64_t channel,
+    const GradientOfWeights<T, Size>& a, int e, const Region& region, int64_t channel,
     const WeightMemory<K>& sizes, const SharedSpan<Sum>& y, const SharedSpan<Sum>& taps,
     const SharedSpan<Sum>& d, Sum (&dtaps)[K * K]) {
-  const Tiling& t = a.tiling;
+  constexpr int lanes = kStageThreads / Size::depth;
+  const Tiling<Size>& t = a.tiling;
   const StageViews<T>& s = a.stage;
-  const int c = static_cast<int>(threadIdx.x) % t.depth, lanes = kStageThreads / t.depth;
+  const int c = static_cast<int>(threadIdx.x) % t.depth;
   const int64_t samples = a.gradient.samples;
   for (int slot = static_cast<int>(threadIdx.x) / t.depth; slot < t.slots(); slot += lanes) {
     const int row = slot / t.columns, column = slot % t.columns;
@@ -61,13 +63,13 @@ __device__ __forceinline__ void convolve_and_collect(
         dtaps[tap] += gradient * value;
       }
     }
-    d[slot * (t.depth + kPad) + c] = sum;
+    d[slot * (t.depth + kLinePad) + c] = sum;
   }
 }
 
 // Adds the threads' gradients of the taps and leaves them in `partial` from `to` on.
-template <int K, typename Sum>
-__device__ __forceinline__ void store_taps(const Sum (&dtaps)[K * K], const Tiling& t,
+template <int K, typename Sum, typename Size>
+__device__ __forceinline__ void store_taps(const Sum (&dtaps)[K * K], const Tiling<Size>& t,
                                            int64_t channels, int64_t channel,
                                            const Span<Sum>& partial, int64_t to) {
   constexpr int together = kCell * kCell;
@@ -92,10 +94,10 @@ __device__ __forceinline__ void store_taps(const Sum (&dtaps)[K * K], const Tili
 }
 
 // Adds the parts of the gradients of few channels of d and a block of channels of z.
-template <int K, typename T>
-__device__ __forceinline__ void finish_weights(const GradientOfWeights<T>& a, int e,
+template <int K, typename T, typename Size>
+__device__ __forceinline__ void finish_weights(const GradientOfWeights<T, Size>& a, int e,
                                                int64_t channel, int64_t block) {
-  const Tiling& t = a.tiling;
+  const Tiling<Size>& t = a.tiling;
   const int64_t channels = a.stage.channels, taps = channels * K * K;
   const int64_t own = taps + t.of * channels, first = e * a.parts * own;
   const auto total = [&](int64_t i) {
@@ -116,18 +118,18 @@ __device__ __forceinline__ void finish_weights(const GradientOfWeights<T>& a, in
 }
 
 // A part of the gradients of few channels of d and a block of channels of z.
-template <typename T, int K>
-__device__ __forceinline__ void make_part(const GradientOfWeights<T>& a, int e, int64_t channel,
-                                          int64_t block, unsigned part) {
+template <typename T, int K, bool tensor, typename Size>
+__device__ __forceinline__ void make_part(const GradientOfWeights<T, Size>& a, int e,
+                                          int64_t channel, int64_t block, unsigned part) {
   using Sum = SumOf<T>;
-  const Tiling& t = a.tiling;
+  const Tiling<Size>& t = a.tiling;
   const StageViews<T>& s = a.stage;
   const WeightMemory<K> sizes(t, s.stride, s.dilation);
   SharedParts<Sum> memory;
   const SharedSpan<Sum> y = memory.take(sizes.image), taps = memory.take(sizes.taps);
   const SharedSpan<Sum> d = memory.take(sizes.d), dz = memory.take(sizes.dz);
   fill_taps<K>(s.depthwise[e], s.channels, channel, t.depth, taps);
-  OuterCell<Sum> cell(t);
+  OuterCell<Sum, Size, tensor> cell;
   Sum dtaps[K * K] = {};
   const int64_t end = min((part + int64_t{1}) * a.each, a.items);
   for (int64_t item = part * a.each; item < end; ++item) {
@@ -136,15 +138,15 @@ __device__ __forceinline__ void make_part(const GradientOfWeights<T>& a, int e, 
     fill_image(s, e, region.sample, channel, region.first_row * s.stride - s.pad,
                region.first_column * s.stride - s.pad,
                reach<K>(region.rows, s.stride, s.dilation), sizes.columns, t.depth, y);
-    fill_gradient(a.gradient, e, t, region, region.channel, t.channels, dz);
+    fill_gradient(a.gradient, e, t, region, region.channel, t.channels, kLinePad, dz);
     __syncthreads();
     convolve_and_collect<K>(a, e, region, channel, sizes, y, taps, d, dtaps);
     __syncthreads();
-    cell.add(dz, d, t);
+    cell.add(dz, d, t.slots());
   }
   const int64_t own = s.channels * K * K + t.of * s.channels;
   const int64_t to = (e * a.parts + part) * own;
-  cell.finish(t, [&](int i, int j, Sum sum) {
+  cell.finish([&](int i, int j, Sum sum) {
     const int64_t o = block * t.channels + i, c = channel + j;
     if (o < t.of && c < s.channels) a.partial[to + s.channels * K * K + o * s.channels + c] = sum;
   });
@@ -152,13 +154,14 @@ __device__ __forceinline__ void make_part(const GradientOfWeights<T>& a, int e, 
 }
 
 // One block per part of the tiles, few channels of d and a block of channels of z, and edge.
-template <typename T, int K>
-__device__ __forceinline__ void gradient_of_weights(const GradientOfWeights<T>& a,
+template <typename T, int K, bool tensor, typename Size>
+__device__ __forceinline__ void gradient_of_weights(const GradientOfWeights<T, Size>& a,
                                                     const BlockAt& at) {
-  const int e = static_cast<int>(at.z), depth = a.tiling.depth;
+  constexpr int depth = Size::depth;
+  const int e = static_cast<int>(at.z);
   const int64_t slices = (a.stage.channels + depth - 1) / depth;
   const int64_t channel = at.y % slices * depth, block = at.y / slices;
-  if (a.parts > 0) make_part<T, K>(a, e, channel, block, at.x);
+  if (a.parts > 0) make_part<T, K, tensor>(a, e, channel, block, at.x);
   const int64_t counter = static_cast<int64_t>(at.z) * at.down + at.y;
   if (comes_last(a.counters, counter, at.across)) finish_weights<K>(a, e, channel, block);
 }

@@ -10,18 +10,19 @@
 namespace rdarts {
 
 // Numbers of shared memory that sum_tile takes, from its beginning on.
-constexpr int kTileSums = 64 + 2 * kWarps * 64;
+constexpr int kTileSums = 64 + 2 * kWarps * kWarpChannels;
 
 // Adds the tile's results, less a pivot, over its pixels: the sums, those of their squares and the
 // pivots go to partial[i * plane + (row + channel) * parts + part], i = 0, 1, 2. The pivot is the
 // tile's first pixel. All threads call it; `live` is how many of the tile's channels there are.
-template <typename Sum>
-__device__ void sum_tile(const Cell<Sum>& cell, const Tiling& t, const Region& region, int64_t live,
+template <typename Sum, typename Size>
+__device__ void sum_tile(const Cell<Sum, Size>& cell, const Region& region, int64_t live,
                          const Span<double>& partial, int64_t plane, int64_t row, int64_t parts,
                          int64_t part) {
+  constexpr int all = kWarps * kWarpChannels, groups = kWarpChannels / kCell;
   const SharedSpan<Sum> pivots = dynamic_shared<Sum>(64);
-  const SharedSpan<Sum> sums = dynamic_shared<Sum>(2 * kWarps * 64, 64 * sizeof(Sum));
-  const int thread = static_cast<int>(threadIdx.x), groups = t.channels / kCell;
+  const SharedSpan<Sum> sums = dynamic_shared<Sum>(2 * all, 64 * sizeof(Sum));
+  const int thread = static_cast<int>(threadIdx.x);
   __syncthreads();  // the tiles that lay there have been read
   if (cell.pixel == 0) {
 #pragma unroll
@@ -42,16 +43,16 @@ __device__ void sum_tile(const Cell<Sum>& cell, const Tiling& t, const Region& r
       square += __shfl_xor_sync(~0u, square, step);
     }
     if (thread % 32 < groups) {
-      const int at = thread / 32 * t.channels + cell.channel + q;
-      sums[at] = sum, sums[kWarps * t.channels + at] = square;
+      const int at = thread / 32 * kWarpChannels + thread % 32 * kCell + q;
+      sums[at] = sum, sums[all + at] = square;
     }
   }
   __syncthreads();
   if (thread >= live) return;
   double sum = 0, square = 0;
-  for (int warp = 0; warp < kWarps; ++warp) {
-    sum += sums[warp * t.channels + thread];
-    square += sums[(kWarps + warp) * t.channels + thread];
+  for (int warp = thread / kWarpChannels; warp < kWarps; warp += cell.kAcross) {
+    sum += sums[warp * kWarpChannels + thread % kWarpChannels];
+    square += sums[all + warp * kWarpChannels + thread % kWarpChannels];
   }
   const int64_t at = (row + thread) * parts + part;
   partial[at] = sum, partial[plane + at] = square;
@@ -73,7 +74,8 @@ struct FinishedSums {
   Span<uint32_t> counters;
 
   // `channels` of edge e of the launch; a warp each, by the launch's last block of that edge.
-  __device__ void finish(int e, int64_t channels, const Tiling& t) const {
+  template <typename Size>
+  __device__ void finish(int e, int64_t channels, const Tiling<Size>& t) const {
     const int64_t plane = edges * channels;
     const int lane = static_cast<int>(threadIdx.x) % warpSize;
     for (int64_t c = threadIdx.x / warpSize; c < channels; c += kWarps) {
@@ -118,12 +120,12 @@ struct FinishedSums {
 
 // Of a forward whose z have that shape; its edges from `first` on are still to be told.
 template <typename Sum, int most, typename Forward>
-FinishedSums<Sum, most> finished_sums(const Forward& a, int64_t edges, const Tiling& t,
+FinishedSums<Sum, most> finished_sums(const Forward& a, int64_t edges, int64_t tiles,
                                       const Place& place) {
   FinishedSums<Sum, most> f = {};
   const Array& z = a.z[0];
   const int64_t size = edges * z.shape[1];
-  f.parts = z.shape[0] * t.tiles(), f.edges = edges;
+  f.parts = z.shape[0] * tiles, f.edges = edges;
   f.partial = {a.workspace, 3 * size * f.parts}, f.sums = {a.sums, 3 * size};
   f.counters = counters_of(place);
   if (!a.norms) return f;

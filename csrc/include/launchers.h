@@ -127,12 +127,14 @@ void recurrent_node_backward(const RecurrentBackward& arguments, const Place& pl
 void recurrent_node_second(const RecurrentSecond& arguments, const Place& place);
 
 // Doubles of workspace that a stage's forward or backward needs; z has `out_shape`.
-int64_t stage_workspace(const Stage& stage, const int64_t* out_shape, bool backward);
+int64_t stage_workspace(const Stage& stage, const int64_t* out_shape);
+int64_t stage_backward_workspace(const Stage& stage, const int64_t* out_shape);
 void sep_stage(const StageForward& arguments, const Place& place);
 void sep_stage_backward(const StageBackward& arguments, const Place& place);
 
 // The same for a mixing.
-int64_t mixing_workspace(const Mixing& mixing, const int64_t* out_shape, bool backward);
+int64_t mixing_workspace(const Mixing& mixing, const int64_t* out_shape);
+int64_t mixing_backward_workspace(const Mixing& mixing, const int64_t* out_shape);
 void mixing(const MixingForward& arguments, const Place& place);
 void mixing_backward(const MixingBackward& arguments, const Place& place);
 // Two that do not wait for each other, in one launch where its parameters hold both.

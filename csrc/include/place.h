@@ -16,6 +16,7 @@ struct Place {
   int device;             // CUDA device, or -1 for the CPU
   std::uintptr_t stream;  // cudaStream_t
   std::uint32_t* counters = nullptr;  // [kCounters] on the device (last.h)
+  bool tf32 = false;  // on a device: whether a backward may round float32's factors to that
 };
 
 }  // namespace rdarts

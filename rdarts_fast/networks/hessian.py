@@ -23,6 +23,7 @@ from rdarts_fast.curvature import HessianOperator
 from rdarts_fast.curvature.operators import check_vectors, flat
 from rdarts_fast.draws import Draws
 from rdarts_fast.networks.passes import SupernetPasses, parts_of
+from rdarts_fast.networks.precision import in_float32
 from rdarts_fast.recording import Recorded, Recorder
 from rdarts_fast.spaces import CELL_TYPES
 
@@ -61,6 +62,7 @@ class SupernetHessian:
         passed = sum(len(block) for block in self._blocks())
         return passed / DIRECTIONS_A_PRODUCT
 
+    @in_float32
     def __matmul__(self, v: Tensor) -> Tensor:
         """Return the product with `v`, [P] or [P, V]. Raises ValueError where it does not fit."""
         check_vectors(self, v)
@@ -75,6 +77,7 @@ class SupernetHessian:
         found = [times(some) for some in columns.split(fit)]
         return torch.cat(found).t().reshape(v.shape).to(v)
 
+    @in_float32
     def dense(self) -> Tensor:
         """Return the whole matrix, [P, P] float64."""
         if self._matrix is None:
@@ -135,6 +138,7 @@ class SupernetHessian:
         return [(p.shape[0], p.shape[1]) for p in self._passes.weights.values()]
 
 
+@in_float32
 def hessian_operator(
     supernet: Any,
     alphas: Mapping[str, Tensor],

@@ -295,7 +295,7 @@ void stages(Case& c, int kernel, int dilation, int stride) {
   stage.shift = c.coefficients(kEdges * in);
   stage.depthwise = depthwise.data(), stage.pointwise = pointwise.data();
   StageForward forward = {stage, z.data(), c.memory.doubles(3 * kEdges * out), nullptr};
-  forward.workspace = c.memory.doubles(cuda::stage_workspace(stage, small.data(), false));
+  forward.workspace = c.memory.doubles(cuda::stage_workspace(stage, small.data()));
   const Normalization norms = norms_after(c, kEdges, out);
   forward.norms = &norms;
   cuda::sep_stage(forward, place);
@@ -317,7 +317,7 @@ void stages(Case& c, int kernel, int dilation, int stride) {
   back.stage = stage, back.dv = dv.data(), back.adds = adds;
   back.sums = c.memory.doubles(2 * kEdges * in);
   back.ddepthwise = ddepthwise.data(), back.dpointwise = dpointwise.data();
-  back.workspace = c.memory.doubles(cuda::stage_workspace(stage, small.data(), true));
+  back.workspace = c.memory.doubles(cuda::stage_backward_workspace(stage, small.data()));
   const RowGradients rows = {table_of(c), 0, kEdges, back.sums};
   back.rows = &rows;
   cuda::sep_stage_backward(back, place);
@@ -379,7 +379,7 @@ void mixings(Case& c, int halves, int stride) {
   }
   mixing.weights = weights.data();
   MixingForward forward = {mixing, z.data(), c.memory.doubles(3 * kEdges * out), nullptr};
-  forward.workspace = c.memory.doubles(cuda::mixing_workspace(mixing, small.data(), false));
+  forward.workspace = c.memory.doubles(cuda::mixing_workspace(mixing, small.data()));
   const Normalization norms = norms_after(c, kEdges, out);
   forward.norms = &norms;
   cuda::mixing(forward, place);
@@ -388,7 +388,7 @@ void mixings(Case& c, int halves, int stride) {
   MixingBackward back = {};
   static_cast<GradientOfZ&>(back) = gradient_of(c, g.data(), zs.data(), out);
   back.mixing = mixing, back.dv = dv.data(), back.adds = adds, back.dweights = dweights.data();
-  back.workspace = c.memory.doubles(cuda::mixing_workspace(mixing, small.data(), true));
+  back.workspace = c.memory.doubles(cuda::mixing_backward_workspace(mixing, small.data()));
   cuda::mixing_backward(back, place);
   finish("mixing");
   check_norms("mixing", c, norms);
@@ -563,6 +563,17 @@ void all() {
       }
       with(dtype, {1, 16, 18, 17}, layout, [&](Case& c) { stages(c, 3, 1, 1); });  // several tiles
     }
+    for (const int64_t channels : {5, 20, 40}) {  // tiles of every size
+      for (const bool tf32 : {false, true}) {
+        place.tf32 = tf32;
+        const Shape shape = {1, channels, 6, 7};
+        with(dtype, shape, Layout::kInner, [&](Case& c) { mixings(c, 1, 1); });
+        for (const int kernel : {3, 5, 7}) {
+          with(dtype, shape, Layout::kInner, [&](Case& c) { stages(c, kernel, 1, 1); });
+        }
+      }
+    }
+    place.tf32 = false;
   }
 }
 

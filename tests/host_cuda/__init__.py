@@ -105,7 +105,8 @@ def run_fault(name: str, out: Tensor, inputs: Tensor, *, planted: bool) -> None:
 
 
 def _place(device: torch.device) -> Any:
-    return _module().Place("base", device=0, counters=_counters().data_ptr())
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    return _module().Place("base", device=0, counters=_counters().data_ptr(), tf32=tf32)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 
 #include "faults/faults.h"
+#include "../../csrc/cuda/tensor_core.h"
 
 namespace faults::primitives {
 namespace {
@@ -50,6 +51,24 @@ __global__ void vectors(Output out, Input in) {
   values.store<float2>(2 * i, in.load<float2>(2 * i));
   __syncthreads();
   if (i < 16) out.store<float4>(4 * i, values.load<float4>(60 - 4 * i));
+}
+
+__global__ void tf32s(Output out, Input in) {
+  const int i = threadIdx.x;
+  out[i] = __uint_as_float(rdarts::tf32_of(in[i]).bits);
+}
+
+// out [16, 8] = a b + c, of a [16, 8], b [8, 8] and c [16, 8], which follow one another.
+__global__ void tensor_core(Output out, Input in) {
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  const auto a = [&](int row, int k) { return rdarts::tf32_of(in[8 * row + k]); };
+  const auto b = [&](int k, int column) { return rdarts::tf32_of(in[128 + 8 * k + column]); };
+  const rdarts::Tf32 left[4] = {a(g, t), a(g + 8, t), a(g, t + 4), a(g + 8, t + 4)};
+  const rdarts::Tf32 right[2] = {b(t, g), b(t + 4, g)};
+  float sum[4];
+  for (int i = 0; i < 4; ++i) sum[i] = in[192 + 8 * (g + i / 2 * 8) + 2 * t + i % 2];
+  rdarts::multiply_add(left, right, sum);
+  for (int i = 0; i < 4; ++i) out[8 * (g + i / 2 * 8) + 2 * t + i % 2] = sum[i];
 }
 
 // What each block finds in shared memory, behind the back of the checks.
@@ -127,6 +146,15 @@ const Entry entries[] = {
     {"vectors",
      [](bool, Output out, Input in) {
        rdarts::launch("vectors", vectors, rdarts::Grid{dim3(1), dim3(32)}, kPlace, out, in);
+     }},
+    {"tf32s",
+     [](bool, Output out, Input in) {
+       const auto threads = static_cast<unsigned>(in.size);
+       rdarts::launch("tf32s", tf32s, rdarts::Grid{dim3(1), dim3(threads)}, kPlace, out, in);
+     }},
+    {"tensor_core",
+     [](bool, Output out, Input in) {
+       rdarts::launch("tensor_core", tensor_core, rdarts::Grid{dim3(1), dim3(32)}, kPlace, out, in);
      }},
     {"poison",
      [](bool, Output out, Input in) {
