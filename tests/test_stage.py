@@ -451,9 +451,10 @@ def room_for(x: Sequence[Tensor]) -> tuple[list[Tensor], list[bool]]:
 @pytest.mark.parametrize("wants_weights", [True, False])
 def test_two_mixings_that_share_a_launch(backend: str, wants_weights: bool) -> None:
     """Of other sizes, sources and strides; the bits are those that each alone would have."""
-    for (m, sources), dtype in itertools.product(((1, 4), (3, 20)), dtypes_of(backend)):
+    calls_of = ((1, 4, 12), (1, 4, 20), (3, 20, 20))  # the second's z have 12 or 20 channels
+    for (m, sources, out), dtype in itertools.product(calls_of, dtypes_of(backend)):
         large = Settings((2, 5, 17, 18), 7, 1, "nhwc", dtype, whole=True)
-        small = Settings((3, 6, 5, 4), 20, 1, "sliced", dtype, whole=False)
+        small = Settings((3, 6, 5, 4), out, 1, "sliced", dtype, whole=False)
         calls = [sources_of(large, 2, 2, backend, m), sources_of(small, 1, 1, backend, sources)]
         alone = [launch_mixing(one) for one in calls]
         reset()
@@ -475,7 +476,9 @@ def test_two_mixings_that_share_a_launch(backend: str, wants_weights: bool) -> N
             assert all(map(torch.equal, a.dv, b.dv)) and all(map(torch.equal, dweights, own))
             assert len(dweights) == wants_weights * len([h for e in a.sources.weights for h in e])
         if "host" in backend and sources == 4:
-            assert launched == 1 and counts()["mixing_backward"].launches == 1 + 2
+            # Tiles of other sizes are other kernels.
+            assert launched == (1 if out == 12 or dtype == torch.float64 else 2)
+            assert counts()["mixing_backward"].launches == 1 + 2
 
 
 def test_many_edges_and_many_sources(backend: str) -> None:
