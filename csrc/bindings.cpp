@@ -120,7 +120,8 @@ PYBIND11_MODULE(_rdarts_fast, module) {
   py::class_<Place>(module, "Place", py::module_local(),
                     "Where a launcher runs; device -1 is the CPU.")
       .def(py::init(&make_place), py::arg("unit"), py::arg("threads") = 1, py::arg("device") = -1,
-           py::arg("stream") = 0, py::arg("counters") = 0, py::arg("tf32") = false);
+           py::arg("stream") = 0, py::arg("counters") = 0, py::arg("tf32") = false)
+      .def_readonly("device", &Place::device);
   module.attr("COUNTERS") = kCounters;
 
   const auto define = [&](const char* name, auto function, const char* text) {

@@ -126,12 +126,12 @@ combine_kernel(Span<const double> partial, int64_t parts, Span<double> sums) {
 }
 
 // Where the blocks' sums go; a single part is the sum itself.
-Span<double> partial_of(double* sums, double* workspace, int64_t size, int64_t parts) {
+inline Span<double> partial_of(double* sums, double* workspace, int64_t size, int64_t parts) {
   return {parts == 1 ? sums : workspace, size * parts};
 }
 
 // Fills `sums` from partial[sums.size, parts], which partial_of has placed.
-void combine(const char* name, const Span<double>& partial, int64_t parts,
+inline void combine(const char* name, const Span<double>& partial, int64_t parts,
              const Span<double>& sums, const Place& place) {
   if (parts == 1) return;
   launch(name, combine_kernel, grid_of(32 * sums.size, kThreads), place,

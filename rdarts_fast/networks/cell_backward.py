@@ -86,26 +86,32 @@ class CellBackward(CellPass):
         if not wanted:
             return dv
         self.gradients_of(range(INPUTS), None)
-        z = [self.kept.z[i] for i in range(INPUTS)]
-        self.table.norms_backward([self.ds[i] for i in range(INPUTS)], z, 0)
-        calls = []
-        for i in wanted:
-            reduction, adds = self.plan.inputs[i], [False] * len(dv[i])
-            if self.wants_inputs[i]:
-                dv[i], adds = self.room_for(i)
-            weights = reduction.by_edge(self.parameters[reduction.parameters])
-            sources = Sources(self.inputs[i], weights, reduction.stride)
-            affine = self.table.affine(i, 1)
-            calls.append(MixingGradients(sources, [self.ds[i]], [z[i]], affine, dv[i], adds))
-        found = launch_mixings_backward(calls, wants_weights=self.wants_parameters)
-        for i, dweights in zip(wanted, found, strict=True):
-            self.keep(dweights, self.plan.inputs[i].parameters)
+        for some in self.inputs_together():
+            ds, z = ([part[i] for i in some] for part in (self.ds, self.kept.z))
+            self.table.norms_backward(ds, z, some.start)
+            inputs = [i for i in some if i in wanted]
+            calls, wants = [self.input_backward(i) for i in inputs], self.wants_parameters
+            found = launch_mixings_backward(calls, wants_weights=wants) if calls else []
+            for i, call, dweights in zip(inputs, calls, found, strict=True):
+                dv[i] = list(call.dv)
+                self.keep(dweights, self.plan.inputs[i].parameters)
         return dv
 
+    def input_backward(self, i: int) -> MixingGradients:
+        """Return what gives the gradients of an input's tensors."""
+        reduction, tensors = self.plan.inputs[i], self.inputs[i]
+        dv, adds = self.room_for(i)
+        weights = reduction.by_edge(self.parameters[reduction.parameters])
+        sources = Sources(tensors, weights, reduction.stride)
+        rows = self.table.affine(i, 1)
+        return MixingGradients(sources, [self.ds[i]], [self.kept.z[i]], rows, dv, adds)
+
     def room_for(self, i: int) -> tuple[list[Tensor | None], list[bool]]:
-        """Return where the gradients of an input's tensors go, and which are there to be added
-        to.
+        """Return where the gradients of an input's tensors go, if wanted, and which are there to be
+        added to.
         """
+        if not self.wants_inputs[i]:
+            return [None for _ in self.inputs[i]], [False for _ in self.inputs[i]]
         passed = self.passed if i == 1 and self.passed else [None] * len(self.inputs[i])
         room: list[Tensor | None] = [
             empty(x, x.shape, torch.channels_last) if g is None else _inner(g)

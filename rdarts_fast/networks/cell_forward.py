@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rdarts_fast import native
 from rdarts_fast.draws import Draws
 from rdarts_fast.kernels.array import chosen, coefficient_dtype, empty
 from rdarts_fast.kernels.mixing import Sources, launch_mixing, launch_mixings
@@ -103,6 +104,14 @@ class CellPass:
         """Return drop path's factors of some edges, [len(edges), N]."""
         return None if self.factors is None else chosen(self.factors, edges)
 
+    def inputs_together(self) -> list[range]:
+        """Return the cell's inputs in groups that share launches: on a GPU both; on the CPU each is
+        one, so that what a kernel leaves in the cache is read next.
+        """
+        if native.place(self.like.device).device >= 0:
+            return [range(INPUTS)]
+        return [range(i, i + 1) for i in range(INPUTS)]
+
     def links(self, stages: Stages, *, running: bool) -> list[Link]:
         """Return the stages of some separable convolutions."""
         return [
@@ -180,9 +189,12 @@ class CellForward(CellPass):
         first, second = (one.out_shape() for one in sources)
         if first != second:
             raise ValueError(f"inputs: expected two of one size, got {first} and {second}")
-        z = [one for (one,), _ in launch_mixings(sources, rows)]
-        self.kept.z.update(enumerate(z))
-        self.kept.states.update(enumerate(launch_scaled(z, scale, shift)))
+        for some in self.inputs_together():
+            pairs = launch_mixings([sources[i] for i in some], [rows[i] for i in some])
+            z, among = [one for (one,), _ in pairs], slice(some.start, some.stop)
+            self.kept.z.update(zip(some, z, strict=True))
+            states = launch_scaled(z, scale[among], shift[among])
+            self.kept.states.update(zip(some, states, strict=True))
 
     def enter(self, node: int) -> Tensor:
         """Return a node, which becomes the next state."""
