@@ -78,7 +78,7 @@ def test_no_kernel_needs_more_than_its_registers() -> None:
 
 # Kernels whose products may go to tensor cores; the mangled name says in a bool whether they do.
 FORWARD = ("sep_stage_kernel", "mixing_kernel")
-BACKWARD = ("gradient_of_d_kernel", "gradient_of_weights_kernel", "gradient_of_sources_kernel")
+BACKWARD = ("gradient_of_d_kernel", "gradients_below_kernel", "mixing_backward_kernel")
 
 
 def tensor_core_instructions(binary: Path, arch: str) -> dict[str, int]:

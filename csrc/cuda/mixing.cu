@@ -23,7 +23,7 @@ struct ForwardViews {
 };
 
 // z of edge e on a block's tile, and its sums.
-template <typename T, int most, typename Size>
+template <bool tensor, typename T, int most, typename Size>
 __device__ __forceinline__ void make_tile(const ForwardViews<T, most, Size>& a, int e,
                                           const BlockAt& block) {
   using Sum = SumOf<T>;
@@ -47,7 +47,7 @@ __device__ __forceinline__ void make_tile(const ForwardViews<T, most, Size>& a, 
             c < s.channels && o < live ? a.weights[e][half][row * s.channels + c] : Sum(0);
       });
       __syncthreads();
-      cell.template multiply<kForwardRounds<T>>(y, lines);
+      cell.template multiply<tensor>(y, lines);
     }
   }
   const int64_t parts = block.across, first = a.halves.first[half] + region.channel;
@@ -63,13 +63,13 @@ struct Calls {
 };
 
 // One block per tile of a sample, block of channels of a half, and edge of a call.
-template <typename T, int most, typename Size, int count>
+template <typename T, bool tensor, int most, typename Size, int count>
 __global__ void __launch_bounds__(kStageThreads, kBlocksAtOnce<T>)
 mixing_kernel(const __grid_constant__ Calls<T, most, Size, count> calls) {
   BlockAt block;
   const ForwardViews<T, most, Size>& a = calls.call[calls.jobs.find(block)];
   const int e = static_cast<int>(block.z);
-  if (a.sums.parts > 0) make_tile(a, e, block);
+  if (a.sums.parts > 0) make_tile<tensor>(a, e, block);
   if (comes_last(a.sums.counters, e, block.across * block.down)) {
     a.sums.finish(e, a.tiling.of, a.tiling);
   }
@@ -109,7 +109,7 @@ void mix(const MixingForward& a, const Tuned& row, const Place& place) {
   for (int first = 0; first < a.mixing.edges; first += kEdgesForward) {
     Calls<T, kMostMixed, Size, 1> views = {};
     const Grid grid = join(views.jobs, {tell(a, row, first, 0, place, views.call[0])});
-    launch("mixing", mixing_kernel<T, kMostMixed, Size, 1>, grid, place, views);
+    launch("mixing", mixing_kernel<T, kForwardRounds<T>, kMostMixed, Size, 1>, grid, place, views);
   }
 }
 
@@ -119,7 +119,7 @@ void mix(const MixingForward& a, const Tuned& row, const MixingForward& b, const
   Calls<T, kFewMixed, Size, 2> views = {};
   const Grid grid = join(views.jobs, {tell(a, row, 0, 0, place, views.call[0]),
                                       tell(b, other, 0, kEdgesForward, place, views.call[1])});
-  launch("mixing", mixing_kernel<T, kFewMixed, Size, 2>, grid, place, views);
+  launch("mixing", mixing_kernel<T, kForwardRounds<T>, kFewMixed, Size, 2>, grid, place, views);
 }
 
 bool shares(const MixingForward& a) {

@@ -225,9 +225,13 @@ struct GradientsBelow {
   Jobs<2> jobs;
 };
 
+// 49 gradients of taps do not fit 128 registers beside the rest.
+template <typename T, int K>
+constexpr int kBlocksBelow = K == 7 ? 1 : kBlocksAtOnce<T>;
+
 // What is made of dd.
 template <typename T, int K, bool tensor, typename Size>
-__global__ void __launch_bounds__(kStageThreads, kBlocksAtOnce<T>)
+__global__ void __launch_bounds__(kStageThreads, kBlocksBelow<T, K>)
 gradients_below_kernel(const __grid_constant__ GradientsBelow<T, Size> a) {
   BlockAt block;
   if (a.jobs.find(block) == 0) gradient_of_v<T, K>(a.v, block);
