@@ -329,8 +329,9 @@ def test_bfloat16_rounds_as_torch_does() -> None:
     torch.testing.assert_close(found, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_large_dynamic_shared_memory_is_asked_for() -> None:
-    assert torch.equal(outcome("large", numbers(64), 64), numbers(64).flip(0))
+@pytest.mark.parametrize("name", ["large", "all_unasked"])
+def test_large_dynamic_shared_memory_is_asked_for(name: str) -> None:
+    assert torch.equal(outcome(name, numbers(64), 64), numbers(64).flip(0))
 
 
 @pytest.mark.parametrize(

@@ -92,15 +92,17 @@ def test_lambda_max_is_that_of_float64(space: str) -> None:
 
 
 def test_the_hessian_is_float32_s_whatever_the_precision() -> None:
-    found = []
+    found, rounded = [], []
     for name in (FP32, TF32):
-        net, alphas = network("s2", 4, 3)
+        net, alphas = network("s2", 8, 3)  # to 32 channels, whose products tf32 rounds
         images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         with on_host(), torch_precision(name):
             operator = net.hessian_operator(alphas, images, torch.arange(2), Draws(3))
             one = operator @ torch.eye(operator.shape[0])[0]
             found.append((operator.gradient, one, operator.dense()))
+            rounded.append(gradient(net, alphas, size=8, batch=2)[1])
     assert all(map(torch.equal, *found))
+    assert not torch.equal(*rounded)
 
 
 @pytest.mark.parametrize("space", ["s2", "s4"])

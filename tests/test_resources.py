@@ -18,11 +18,14 @@ ARCHS = [arch for arch in native.build_info()["cuda_archs"] if arch.startswith("
 
 
 class Resources(NamedTuple):
-    """Bytes a thread has beside its registers; spills lie on its stack."""
+    """Bytes a thread has beside its registers, where spills lie on its stack; and a block's static
+    shared memory.
+    """
 
     arch: str
     kernel: str  # its mangled name
     stack: int
+    shared: int
     local: int
 
 
@@ -45,12 +48,14 @@ def resources(binary: Path) -> list[Resources]:
     command = [cuobjdump(), "--dump-resource-usage", str(binary)]
     report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found, arch = [], ""
-    pattern = r"^arch = (\w+)|^ *Function (\S+):\n.*\bSTACK:(\d+)\b.*\bLOCAL:(\d+)\b"
+    pattern = (
+        r"^arch = (\w+)|^ *Function (\S+):\n.*\bSTACK:(\d+)\b.*\bSHARED:(\d+)\b.*\bLOCAL:(\d+)\b"
+    )
     for line in re.finditer(pattern, report, re.M):
         if line[1]:
             arch = line[1]
         else:
-            found.append(Resources(arch, line[2], int(line[3]), int(line[4])))
+            found.append(Resources(arch, line[2], *map(int, line.groups()[2:])))
     assert len(found) == len(re.findall(r"\bFunction ", report)), report
     return found
 
@@ -74,6 +79,7 @@ def test_no_kernel_needs_more_than_its_registers() -> None:
         for name in names:
             assert any(f"{len(name)}{name}" in kernel for kernel in compiled), (arch, name)
     assert [kernel for kernel in found if kernel.stack or kernel.local] == []
+    assert max(kernel.shared for kernel in found) <= 8 << 10  # launch.h: kMostStatic
 
 
 # Kernels whose products may go to tensor cores; the mangled name says in a bool whether they do.

@@ -394,7 +394,7 @@ TILED = [
 def test_tiles_of_every_size(backend: str, precision: str) -> None:
     dtype = torch.bfloat16 if precision == BF16 else torch.float32
     if dtype not in dtypes_of(backend):
-        return
+        pytest.skip("the CPU has no bfloat16 kernels")
     for i, (shape, o) in enumerate(TILED):
         s = Settings(shape, o, 1, "nhwc", dtype, whole=True)
         check_stage(s, Geometry(*((3, 1, 1), (5, 2, 2), (7, 1, 1))[i % 3]), backend, precision)

@@ -24,7 +24,7 @@ constexpr int kStageThreads = 256;
 constexpr int kCell = 4;                                 // pixels and channels of a thread
 constexpr int kResults = kStageThreads * kCell * kCell;  // of a block
 constexpr int kMostColumns = 16;                         // of a tile
-constexpr int kSharedAim = 80 * 1024;  // bytes: two blocks on a multiprocessor of an A100
+constexpr int kSharedAim = 78 * 1024;  // bytes: two blocks with their static ones on a multiprocessor of an A100
 
 // Blocks that the registers of a multiprocessor are to be enough for: 128 a thread, with which
 // kernels of float64 would spill.

@@ -27,7 +27,9 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
-constexpr size_t kSharedByDefault = 48 * 1024;  // more must be asked for
+// Shared memory of a block, dynamic and static together; more must be asked for.
+constexpr size_t kSharedByDefault = 48 * 1024;
+constexpr size_t kMostStatic = 8 * 1024;  // of any kernel
 
 // How a kernel is spread: blocks of threads, bytes of shared memory. Zero blocks: nothing to do.
 struct Grid {
@@ -69,7 +71,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
   if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;
   check_device(place.device);
   const DeviceGuard guard(place.device);
-  if (grid.shared > kSharedByDefault) {
+  if (grid.shared + kMostStatic > kSharedByDefault) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(grid.shared)),
           name);

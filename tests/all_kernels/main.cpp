@@ -410,8 +410,9 @@ void mixings(Case& c, int halves, int stride) {
     backs[e].mixing = one, backs[e].g = &g[e], backs[e].z = &zs[e];
     backs[e].dweights = &dweights[e * halves];
   }
-  forwards[1].workspace = c.memory.doubles(cuda::mixing_workspace(mixing, small.data(), false));
-  backs[1].workspace = c.memory.doubles(cuda::mixing_workspace(mixing, small.data(), true));
+  forwards[1].workspace = c.memory.doubles(cuda::mixing_workspace(mixing, small.data()));
+  backs[1].workspace =
+      c.memory.doubles(cuda::mixing_backward_workspace(mixing, small.data()));
   const std::vector<Array> others = {c.memory.tensor(c.dtype, c.shape, Layout::kInner, false),
                                      c.memory.tensor(c.dtype, c.shape, Layout::kInner, true)};
   backs[1].dv = others.data();
@@ -562,6 +563,7 @@ void all() {
         with(dtype, {2, 5, 6, 7}, layout, [&](Case& c) { stages(c, kernel, 1, 2); });
       }
       with(dtype, {1, 16, 18, 17}, layout, [&](Case& c) { stages(c, 3, 1, 1); });  // several tiles
+      with(dtype, {1, 16, 16, 16}, layout, [&](Case& c) { mixings(c, 1, 1); });  // a published tile
     }
     for (const int64_t channels : {5, 20, 40}) {  // tiles of every size
       for (const bool tf32 : {false, true}) {

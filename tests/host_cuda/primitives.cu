@@ -120,13 +120,14 @@ __global__ void __launch_bounds__(256) block_sums(Output out, Input in) {
   if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
-// More dynamic shared memory than a launch gives unasked.
+// More dynamic shared memory than a launch gives unasked, or all of it, which leaves none for static.
+template <int count>
 __global__ void large(Output out, Input in) {
-  const auto values = rdarts::dynamic_shared<float>(16 * 1024);
+  const auto values = rdarts::dynamic_shared<float>(count);
   const int i = threadIdx.x;
-  values[16 * 1024 - 1 - i] = in[i];
+  values[count - 1 - i] = in[i];
   __syncthreads();
-  out[i] = values[16 * 1024 - 64 + i];
+  out[i] = values[count - 64 + i];
 }
 
 const Entry entries[] = {
@@ -177,7 +178,13 @@ const Entry entries[] = {
      }},
     {"large",
      [](bool, Output out, Input in) {
-       rdarts::launch("large", large, rdarts::Grid{dim3(1), dim3(64), 64 * 1024}, kPlace, out, in);
+       const rdarts::Grid grid = {dim3(1), dim3(64), 64 * 1024};
+       rdarts::launch("large", large<16 * 1024>, grid, kPlace, out, in);
+     }},
+    {"all_unasked",
+     [](bool, Output out, Input in) {
+       const rdarts::Grid grid = {dim3(1), dim3(64), rdarts::kSharedByDefault};
+       rdarts::launch("all_unasked", large<12 * 1024>, grid, kPlace, out, in);
      }},
     {"too_many_threads",
      [](bool, Output out, Input in) {

@@ -12,6 +12,7 @@
 namespace {
 
 constexpr size_t kSharedByDefault = 48 * 1024;
+constexpr size_t kStatic = 8 * 1024;  // of that, what any kernel is taken to have beside
 constexpr int kRuntimeVersion = 13020;
 
 cudaError_t last_error = cudaSuccess;
@@ -109,7 +110,7 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute, int value) {
 
 bool launchable(const void* kernel, dim3 blocks, dim3 threads, size_t shared) {
   const auto limit = shared_limits.find(kernel);
-  const size_t most = limit == shared_limits.end() ? kSharedByDefault : limit->second;
+  const size_t most = limit == shared_limits.end() ? kSharedByDefault - kStatic : limit->second;
   const bool valid = blocks.x > 0 && blocks.x < 1u << 31 && blocks.y > 0 && blocks.y < 1u << 16 &&
                      blocks.z > 0 && blocks.z < 1u << 16 && threads.x > 0 && threads.y > 0 &&
                      threads.z > 0 && threads.z <= 64 &&
