@@ -40,7 +40,10 @@ def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def command() -> None:
         try:
-            main()
+            try:
+                main()
+            finally:
+                sys.stdout.flush()  # after `--help`, too: later nobody would catch that it fails
         except UserError as error:
             tell(error)
             sys.exit(2)

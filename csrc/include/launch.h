@@ -29,7 +29,7 @@ class DeviceGuard {
 
 // Shared memory of a block, dynamic and static together; more must be asked for.
 constexpr size_t kSharedByDefault = 48 * 1024;
-constexpr size_t kMostStatic = 8 * 1024;  // of any kernel
+constexpr size_t kMostStatic = 8 * 1024;  // of a kernel that has dynamic
 
 // How a kernel is spread: blocks of threads, bytes of shared memory. Zero blocks: nothing to do.
 struct Grid {
