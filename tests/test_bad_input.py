@@ -214,10 +214,15 @@ def test_a_real_command_line_fails_the_same_way(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reader_that_leaves_is_no_traceback() -> None:
-    command = [sys.executable, "-m", "rdarts_fast.search", "--help"]
+SHORT = "from rdarts_fast.errors import exit_on_user_error as told; told(lambda: print(1))()"
+
+
+@pytest.mark.parametrize("command", [["-c", SHORT], ["-m", "rdarts_fast.search", "--help"]])
+def test_a_reader_that_leaves_is_no_traceback(command: list[str]) -> None:
+    """Neither where output fits a buffer, nor where it does not."""
     reads, writes = os.pipe()
     os.close(reads)
     with os.fdopen(writes, "wb") as gone:
-        done = subprocess.run(command, cwd=REPOSITORY, stdout=gone, stderr=subprocess.PIPE)
+        python = [sys.executable, *command]
+        done = subprocess.run(python, cwd=REPOSITORY, stdout=gone, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (141, b"")
