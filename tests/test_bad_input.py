@@ -224,5 +224,8 @@ def test_a_reader_that_leaves_is_no_traceback(command: list[str]) -> None:
     os.close(reads)
     with os.fdopen(writes, "wb") as gone:
         python = [sys.executable, *command]
-        done = subprocess.run(python, cwd=REPOSITORY, stdout=gone, stderr=subprocess.PIPE)
+        buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(
+            python, cwd=REPOSITORY, env=buffered, stdout=gone, stderr=subprocess.PIPE
+        )
     assert (done.returncode, done.stderr) == (141, b"")
