@@ -205,12 +205,12 @@ class Moved:
         self.noise = Noise(n.draws, n.sites, n.weights.to(device), n.factors.to(device))
 
 
+@pytest.mark.parametrize("unit", native.extension.runnable_units())
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(4, 16, 64, 64), (4, 16, 63, 65), (4, 7, 96, 100)])
-def test_gradients_that_no_cache_holds(backend: str, shape, layout: str) -> None:
+def test_gradients_that_no_cache_holds(monkeypatch, unit: str, shape, layout: str) -> None:
     """Written past the caches where their vectors are aligned; of an odd plane few are."""
-    if not backend.startswith("cpu"):
-        pytest.skip("of the CPU's stores")
+    monkeypatch.setenv("RDARTS_CPU", unit)
     case = Case(shape, 3, layout, torch.float32)
     g = case.images()
     assert 3 * g.nbytes > 1 << 21  # what two cores hold
