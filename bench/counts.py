@@ -3,8 +3,8 @@
 An operation counts where it computes: views and allocations launch nothing. On a GPU the kernels
 are those that torch's profiler saw. On a CPU they are what a GPU would be given: one for each
 operation (cuDNN takes more for some), and our own launches as tests/host_cuda counts them. Neither
-depends on channels and size, nor on the batch but for copies that one image does without, so small
-ones are run.
+depends on the size, nor on the batch but for copies that one image does without, so small ones are
+run.
 """
 
 from __future__ import annotations
@@ -21,9 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.contenders import OURS, Contender, Setup
 from bench.launches import counted
 
-# Of the functions that make tensors, those that write nothing into them.
-ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-SMALL = {"batch": 2, "channels": 4, "size": 16}
+# Of the functions that make tensors, those that write nothing into them; the last lays out, in place,
+# the memory that kernels/array.py has taken.
+ALLOCATIONS = (
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "as_strided_",
+)
+SMALL = {"batch": 2, "size": 16}
 COPIES = ("Memcpy", "Memset")  # how the profiler's names of what is no kernel begin
 
 
