@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.contenders import OURS, Contender, Setup
 from bench.launches import counted
 
-# Of the functions that make tensors, those that write nothing into them; the last lays out, in place,
-# the memory that kernels/array.py has taken.
+# Of the functions that make tensors, those that write nothing into them; the last lays out the
+# memory that kernels/array.py has taken, in place.
 ALLOCATIONS = (
     "empty",
     "empty_like",
