@@ -271,12 +271,10 @@ void affine_plane(T* out, const T* g, const T* z, const T* by_g, const T* by_z, 
   const int64_t whole = size / L * L;
   affine_vectors<T>(g, z, a, b, c, 0, whole, L,
                     [&](int64_t i, const Vec<T>& v) { put<past, T>(out + i, v); });
-  const int64_t rest = size - whole;
-  if (rest == 0) return;
-  const Vec<T> x = g ? load_part(g + whole, rest) : Vec<T>{};
-  const Vec<T> y = z ? load_part(z + whole, rest) : Vec<T>{};
-  affine_vectors<T>(g ? (const T*)&x : nullptr, z ? (const T*)&y : nullptr, a, b, c, 0, 1, L,
-                    [&](int64_t, const Vec<T>& v) { store_part<T>(out + whole, v, rest); });
+  for (int64_t i = whole; i < size; ++i) {
+    const T rest = z ? *by_z * z[i] + *constant : *constant;
+    out[i] = g ? *by_g * g[i] + rest : rest;
+  }
 }
 
 constexpr int64_t kLong = 8;  // tiles at once of each tensor
