@@ -324,22 +324,27 @@ void backward_sample(const MixingBackward& a, const Sizes& g, const Memory<T>& m
 }
 
 template <typename T>
-void unpack_weights(const MixingBackward& a, const Sizes& g, const T* partial, int64_t chunks) {
+void unpack_weights(const MixingBackward& a, const Sizes& g, const T* partial, int64_t chunks,
+                    int threads) {
   constexpr int L = kVector<T>;
   const Mixing& m = a.mixing;
-  const int64_t own = weight_sums<T>(m, g, m.edges * m.halves);
-  std::vector<double> total(own);
-  add_chunks(partial, chunks, own, total);
-  for (int i = 0; i < m.edges * m.halves; ++i) {
-    const int64_t first = weight_sums<T>(m, g, i), row = m.sources * g.channels;
-    T* const to = static_cast<T*>(a.dweights[i]);
-    for (int64_t o = 0; o < channels_of_half(m, g.out_channels, i % m.halves); ++o) {
-      for (int64_t k = 0; k < row; ++k) {
+  const int64_t all = weight_sums<T>(m, g, m.edges * m.halves), row = m.sources * g.channels;
+  parallel_for(row, L, threads, [&](int64_t from, int64_t to) {
+    double total[L];
+    for (int i = 0; i < m.edges * m.halves; ++i) {
+      const int64_t channels = channels_of_half(m, g.out_channels, i % m.halves);
+      const T* const sums = partial + weight_sums<T>(m, g, i);
+      for (int64_t k = from; k < to; ++k) {
         const int64_t at = k / g.channels * g.blocks * L + k % g.channels;
-        to[o * row + k] = static_cast<T>(total[first + (o / L * g.depth + at) * L + o % L]);
+        T* const column = static_cast<T*>(a.dweights[i]) + k;
+        for (int64_t o = 0; o < channels; o += L) {
+          add_chunks(sums + (o / L * g.depth + at) * L, chunks, all, total);
+          const int64_t count = std::min<int64_t>(L, channels - o);
+          for (int64_t j = 0; j < count; ++j) column[(o + j) * row] = static_cast<T>(total[j]);
+        }
       }
     }
-  }
+  });
 }
 
 template <typename T>
@@ -366,7 +371,7 @@ void backward_of(const MixingBackward& a, int threads) {
     }
     finish_stores();
   });
-  if (a.dweights) unpack_weights(a, g, partial, chunks);
+  if (a.dweights) unpack_weights(a, g, partial, chunks, threads);
 }
 
 }  // namespace

@@ -89,14 +89,13 @@ inline void combine(const double* partial /* [N, G, 3, O] */, int64_t samples, i
   }
 }
 
-// total[i] = the sum over chunks of partial[chunk * step + i], added in their order.
+// total = the sum over chunks of the L numbers at partial[chunk * step], added in their order.
 template <typename T>
-void add_chunks(const T* partial, int64_t chunks, int64_t step, std::vector<double>& total) {
-  std::fill(total.begin(), total.end(), 0.0);
-  const int64_t size = static_cast<int64_t>(total.size());
-  double* const sums = total.data();
+void add_chunks(const T* partial, int64_t chunks, int64_t step, double (&total)[kVector<T>]) {
+  constexpr int L = kVector<T>;
+  for (int i = 0; i < L; ++i) total[i] = 0.0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk, partial += step) {
-    for (int64_t i = 0; i < size; ++i) sums[i] += partial[i];
+    for (int i = 0; i < L; ++i) total[i] += partial[i];
   }
 }
 

@@ -395,21 +395,32 @@ int64_t weight_sums(const Sizes& g) {
 }
 
 template <typename T>
-void unpack_weights(const StageBackward& a, const Sizes& g, const T* partial, int64_t chunks) {
+void unpack_weights(const StageBackward& a, const Sizes& g, const T* partial, int64_t chunks,
+                    int threads) {
   constexpr int L = kVector<T>;
-  const int64_t own = weight_sums<T>(g), first = static_cast<int64_t>(g.in) * g.taps * L;
-  std::vector<double> total(own);
-  for (int e = 0; e < a.stage.edges; ++e) {
-    add_chunks(partial + e * own, chunks, a.stage.edges * own, total);
-    T* const taps = static_cast<T*>(a.ddepthwise[e]);
-    T* const matrix = static_cast<T*>(a.dpointwise[e]);
-    for (int64_t c = 0; c < g.channels; ++c) {
-      for (int t = 0; t < g.taps; ++t) taps[c * g.taps + t] = total[(c / L * g.taps + t) * L + c % L];
-      for (int64_t o = 0; o < g.out_channels; ++o) {
-        matrix[o * g.channels + c] = total[first + (o / L * g.channels + c) * L + o % L];
+  const int64_t own = weight_sums<T>(g), all = a.stage.edges * own;
+  const int64_t first = static_cast<int64_t>(g.in) * g.taps * L;
+  parallel_for(a.stage.edges * g.in, 1, threads, [&](int64_t begin, int64_t) {
+    const int64_t e = begin / g.in, v = begin % g.in;  // a block of channels of an edge
+    const int64_t from = v * L, channels = std::min<int64_t>(L, g.channels - from);
+    T* const taps = static_cast<T*>(a.ddepthwise[e]) + from * g.taps;
+    T* const matrix = static_cast<T*>(a.dpointwise[e]) + from;
+    const T* const sums = partial + e * own;
+    double total[L];
+    for (int t = 0; t < g.taps; ++t) {
+      add_chunks(sums + (v * g.taps + t) * L, chunks, all, total);
+      for (int64_t c = 0; c < channels; ++c) taps[c * g.taps + t] = static_cast<T>(total[c]);
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t o = 0; o < g.out_channels; o += L) {
+        add_chunks(sums + first + (o / L * g.channels + from + c) * L, chunks, all, total);
+        const int64_t count = std::min<int64_t>(L, g.out_channels - o);
+        for (int64_t i = 0; i < count; ++i) {
+          matrix[(o + i) * g.channels + c] = static_cast<T>(total[i]);
+        }
       }
     }
-  }
+  });
 }
 
 template <typename T>
@@ -459,7 +470,7 @@ void backward_of(const StageBackward& a, int threads) {
       }
     }
   });
-  if (a.ddepthwise) unpack_weights(a, g, partial, chunks);
+  if (a.ddepthwise) unpack_weights(a, g, partial, chunks, threads);
   if (!a.sums) return;
   std::fill_n(a.sums, s.edges * sums, 0.0);
   for (int64_t i = 0; i < g.samples * s.edges; ++i) {
