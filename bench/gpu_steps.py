@@ -147,6 +147,8 @@ def kernel_tests(book: Book) -> list[Command]:
 
 def sanitizer(tool: str) -> Callable[[Book], list[Command]]:
     def commands(book: Book) -> list[Command]:
+        if book.dry and tool != "memcheck":
+            raise Missing("on the CPU one run checks all")
         return [[*_checker(book, tool), *_program(book)]]
 
     return commands

@@ -1,7 +1,11 @@
 """Fixtures that several files use."""
 
+import os
 import signal
 from collections.abc import Iterator
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; before torch loads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -197,6 +197,8 @@ def test_what_is_missing_is_said(
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(Missing, match="compute-sanitizer was not found"):
         gpu_steps.sanitizer("memcheck")(book)
+    with pytest.raises(Missing, match="one run checks all"):
+        gpu_steps.sanitizer("racecheck")(replace(book, dry=True))
     with pytest.raises(Missing, match="CIFAR10"):
         gpu_steps.search(replace(book, cifar10=None))
     monkeypatch.setattr(gpu_steps, "WHEELS", tmp_path)
@@ -235,7 +237,7 @@ def test_a_dry_run_does_every_step(tmp_path: Path) -> None:
     steps = {step["step"]: step for step in json.loads(path.read_text())["steps"]}
     assert list(steps) == [step.name for step in STEPS]
     skipped = {name for name, step in steps.items() if step["status"] == "skipped"}
-    assert skipped == {"wheels", "planted fault"}
+    assert skipped == {"wheels", "racecheck", "planted fault"}
     for name in ("search_step", "kernels", "roofline", "reached", "curvature", "slowest", "search"):
         assert steps[name]["rows"], name
     assert "extrapolated_50_epochs_seconds" in steps["search"]["rows"][0]
