@@ -158,7 +158,7 @@ def test_every_command_is_one_that_its_program_takes(
     book = replace(book, dry=dry)
     parsed = set()
     for step in STEPS:
-        if dry and step.fails:
+        if dry and (step.fails or step.name == "racecheck"):
             continue
         for command in step.commands(book):
             name = command[2] if command[1:2] == ["-m"] else ""
