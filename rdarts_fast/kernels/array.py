@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rdarts_fast import native
+from rdarts_fast.kernels.launches import hold
 
 MOST_INPUTS = 64
 LEAST_KEPT = 1 << 16  # bytes of a tensor whose memory is used again
@@ -178,11 +179,14 @@ def flat(tensors: Sequence[Tensor | None]) -> list[int]:
             continue
         if tensor.is_neg():
             raise ValueError("expected plain tensors, got a negated view: call resolve_neg() on it")
-        numbers.append(tensor.data_ptr())
+        numbers.append(address(tensor))
         numbers += tensor.stride()
     return numbers
 
 
 def address(x: Tensor | None) -> int:
-    """Return where the contiguous `x` lies, 0 for None."""
-    return 0 if x is None else x.data_ptr()
+    """Return where `x` lies, which launches that wait keep alive; 0 for None."""
+    if x is None:
+        return 0
+    hold(x)
+    return x.data_ptr()

@@ -17,6 +17,7 @@ from torch.autograd import Function
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
+from rdarts_fast.kernels.launches import launch
 from rdarts_fast.kernels.node_sum import launch_affine, node_sum_dq
 
 
@@ -72,7 +73,8 @@ class _ChannelSums(Function):
         space = native.extension.workspace(shape, len(z), 0, place)
         sums = 2 * pivot.numel()
         buffer = torch.empty(sums + space, dtype=torch.float64, device=pivot.device)
-        native.extension.channel_sums(
+        launch(
+            "channel_sums",
             array.DTYPES[z[0].dtype],
             shape,
             array.flat(z),

@@ -17,6 +17,7 @@ from torch.autograd import Function
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
+from rdarts_fast.kernels.launches import launch
 
 FARTHEST = 1024  # displacement, in pixels: rows are copied with that many zeros beside them
 
@@ -70,7 +71,8 @@ def _launch(left: Tensor, right: Tensor, first: int, count: int) -> Tensor:
     shape = (left.shape[0], count, *left.shape[2:])
     out = array.empty(left, shape, array.memory_format((left, right)))
     if out.device.type != "meta":
-        native.extension.correlation(
+        launch(
+            "correlation",
             array.DTYPES[out.dtype],
             tuple(left.shape),
             first,
@@ -84,7 +86,8 @@ def _launch(left: Tensor, right: Tensor, first: int, count: int) -> Tensor:
 def _launch_adjoint(g: Tensor, other: Tensor, first: int, to_right: bool) -> Tensor:
     out = array.empty_like(other)
     if out.device.type != "meta":
-        native.extension.correlation_adjoint(
+        launch(
+            "correlation_adjoint",
             array.DTYPES[out.dtype],
             tuple(out.shape),
             first,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
+from rdarts_fast.kernels.launches import launch
 from rdarts_fast.kernels.sep_stage import Geometry
 
 MOST_DIRECTIONS = 64  # of a launch
@@ -116,7 +117,8 @@ def _launch(
     coefficient = array.coefficient_dtype(gate.dtype)
     weights = [w.to(coefficient).contiguous() for w in (depthwise, pointwise)]
     maps = [array.contiguous(m) for m in (tangents.scale, tangents.by_gate, tangents.shift)]
-    native.extension.sep_stage_gated(
+    launch(
+        "sep_stage_gated",
         array.DTYPES[gate.dtype],
         shape,
         array.flat(tangents.dx),
@@ -124,8 +126,8 @@ def _launch(
         out_shape,
         array.flat(z),
         geometry,
-        [weight.data_ptr() for weight in weights for _ in range(count)],
+        [array.address(weight) for weight in weights for _ in range(count)],
         *map(array.address, maps),
-        buffer.data_ptr(),
+        array.address(buffer),
         place,
     )

@@ -19,6 +19,7 @@ from torch.autograd import Function
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
+from rdarts_fast.kernels.launches import launch
 from rdarts_fast.kernels.node_sum import node_sum_dq
 from rdarts_fast.kernels.sep_stage import Affine
 
@@ -109,7 +110,7 @@ def launch_mixings(
         given.append((_at(sources, buffer), array.flat(z), own))
         results.append((z, buffer[: 3 * edges * shape[1]].view(3, edges, shape[1])))
     x = calls[0].x
-    native.extension.mixing(array.DTYPES[x[0].dtype], given, native.place(x[0].device))
+    launch("mixing", array.DTYPES[x[0].dtype], given, native.place(x[0].device))
     return results
 
 
@@ -165,12 +166,12 @@ def launch_mixings_backward(
                 tuple(map(array.address, affine)),
                 array.flat(dv),
                 adds,
-                [half.data_ptr() for half in dweights],
+                [array.address(half) for half in dweights],
             )
         )
         results.append(dweights)
     x = calls[0].sources.x
-    native.extension.mixing_backward(array.DTYPES[x[0].dtype], given, native.place(x[0].device))
+    launch("mixing_backward", array.DTYPES[x[0].dtype], given, native.place(x[0].device))
     return results
 
 
@@ -181,10 +182,10 @@ def _at(sources: Sources, buffer: Tensor) -> tuple[Any, ...]:
         array.flat(sources.x),
         sources.out_shape(),
         sources.stride,
-        [half.data_ptr() for edge in sources.weights for half in edge],
+        [array.address(half) for edge in sources.weights for half in edge],
         array.address(sources.scale),
         array.address(sources.shift),
-        buffer.data_ptr(),
+        array.address(buffer),
     )
 
 

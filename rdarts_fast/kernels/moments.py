@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
+from rdarts_fast.kernels.launches import launch
 
 _COLUMNS = 1 << 13  # numbers a direction that the twin's product takes at a time
 
@@ -51,8 +52,8 @@ def tangent_moments(dz: Tensor, result: Tensor, gradient: Tensor, weights: Tenso
     given = array.DTYPES[dz.dtype], directions, tuple(result.shape)
     doubles = native.extension.moments_buffer(*given, place)
     buffer = torch.empty(doubles, dtype=torch.float64, device=dz.device)
-    addresses = [x.data_ptr() for x in (dz, result, gradient, weights)]
-    native.extension.tangent_moments(*given, addresses, buffer.data_ptr(), place)
+    addresses = [array.address(x) for x in (dz, result, gradient, weights)]
+    launch("tangent_moments", *given, addresses, array.address(buffer), place)
     sums = buffer[: directions**2 + 3 * size]
     pairs, *rest = sums.split([directions**2, size, size, size])
     return Moments(

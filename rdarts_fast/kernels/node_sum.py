@@ -20,6 +20,7 @@ from torch.autograd import Function
 from rdarts_fast import native
 from rdarts_fast.draws import Draws
 from rdarts_fast.kernels import array
+from rdarts_fast.kernels.launches import launch
 
 Key = tuple[Draws, tuple[int, ...]]
 
@@ -238,7 +239,8 @@ def launch_node_sum(
         array.contiguous, (shift, factors, weights, drawn_factors)
     )
     out = array.empty_node(z) if out is None else out
-    native.extension.node_sum(
+    launch(
+        "node_sum",
         array.DTYPES[out.dtype],
         tuple(out.shape),
         array.flat((out, *z)),
@@ -268,7 +270,8 @@ def launch_node_sum_dq(
     count, sites = 2 * len(z) * shape[1], 0 if key is None else len(key[1])
     space = native.extension.workspace(shape, len(z), sites, place)
     buffer = torch.empty(count + sites + space, dtype=torch.float64, device=g.device)
-    native.extension.node_sum_dq(
+    launch(
+        "node_sum_dq",
         array.DTYPES[g.dtype],
         shape,
         array.flat((g, *z)),
@@ -295,7 +298,8 @@ def launch_affine(
     """
     like = next(tensor for tensor in out if tensor is not None)
     by_g, by_z, constant, factors = map(array.contiguous, (by_g, by_z, constant, factors))
-    native.extension.affine(
+    launch(
+        "affine",
         array.DTYPES[like.dtype],
         tuple(like.shape),
         array.flat((g, *z, *out)),
@@ -316,12 +320,13 @@ def launch_node_sums(
     """
     scale = scale.contiguous()
     factors = array.contiguous(factors)
-    native.extension.node_sums(
+    launch(
+        "node_sums",
         array.DTYPES[z[0].dtype],
         tuple(z[0].shape),
         array.flat((*out, *z)),
         len(out),
-        scale.data_ptr(),
+        array.address(scale),
         array.address(factors),
         native.place(z[0].device),
     )
@@ -332,12 +337,13 @@ def launch_scaled(z: Sequence[Tensor], scale: Tensor, shift: Tensor) -> list[Ten
     """Return scale[k, c] * z[k] + shift[k, c], channels innermost; scale, shift: [K, C], packed."""
     shape = tuple(z[0].shape)
     out = [array.empty(x, shape, torch.channels_last) for x in z]
-    native.extension.scaled(
+    launch(
+        "scaled",
         array.DTYPES[z[0].dtype],
         shape,
         array.flat((*z, *out)),
-        scale.data_ptr(),
-        shift.data_ptr(),
+        array.address(scale),
+        array.address(shift),
         native.place(z[0].device),
     )
     return out

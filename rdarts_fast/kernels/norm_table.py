@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
+from rdarts_fast.kernels.launches import launch
 from rdarts_fast.kernels.node_sum import Key, native_noise
 from rdarts_fast.kernels.sep_stage import Affine
 
@@ -95,12 +96,17 @@ class NormTable:
         place among the G'; unread in eval mode. running: their buffers. rule: eps and momentum.
         """
         channels = shape[1]
-        native.extension.batch_norms(
+        launch(
+            "batch_norms",
             array.DTYPES[self.dtype],
             tuple(shape),
             self.address(),
             first,
-            [n for rows, g in sums for n in (rows.data_ptr() + 8 * g * channels, rows.stride(0))],
+            [
+                n
+                for rows, g in sums
+                for n in (array.address(rows) + 8 * g * channels, rows.stride(0))
+            ],
             [array.address(buffer) for own in running for buffer in own],
             rule,
             native.place(self.device),
@@ -135,7 +141,8 @@ class NormTable:
         shape = tuple(z[0].shape)
         out = array.empty(z[0], shape, torch.channels_last)
         kept = torch.empty(3, len(z), shape[1], dtype=torch.float64, device=self.device)
-        native.extension.node(
+        launch(
+            "node",
             array.DTYPES[self.dtype],
             shape,
             array.flat((out, *z)),
@@ -143,7 +150,7 @@ class NormTable:
             (terms.rows, terms.weights, terms.normalised, array.address(weights)),
             array.address(factors),
             None if drawn is None else drawn.native(backward=False),
-            kept.data_ptr(),
+            array.address(kept),
             native.place(self.device),
         )
         return out, kept[0]
@@ -168,7 +175,8 @@ class NormTable:
         sites = 0 if drawn is None else len(drawn.indices)
         size = sites + native.extension.workspace(shape, len(z), sites, place)
         buffer = torch.empty(size, dtype=torch.float64, device=self.device)
-        native.extension.node_backward(
+        launch(
+            "node_backward",
             array.DTYPES[self.dtype],
             shape,
             array.flat((g, *z)),
@@ -177,10 +185,10 @@ class NormTable:
             () if drawn is None else drawn.indices,
             array.address(factors),
             None if drawn is None else drawn.native(backward=True),
-            kept.data_ptr(),
+            array.address(kept),
             array.address(dweights),
             one,
-            buffer.data_ptr(),
+            array.address(buffer),
             place,
         )
 
@@ -189,14 +197,15 @@ class NormTable:
         shape, place = tuple(z[0].shape), native.place(self.device)
         space = native.extension.workspace(shape, len(z), 0, place)
         buffer = torch.empty(space, dtype=torch.float64, device=self.device)
-        native.extension.norms_backward(
+        launch(
+            "norms_backward",
             array.DTYPES[self.dtype],
             shape,
             array.flat((*g, *z)),
             self.address(),
             first,
-            self.statistics[0, first].data_ptr(),
-            buffer.data_ptr(),
+            array.address(self.statistics[0, first]),
+            array.address(buffer),
             place,
         )
 
@@ -216,4 +225,4 @@ class NormTable:
     def address(self) -> tuple[int, int, int, bool]:
         """Return what the native functions take."""
         rows = self.statistics.shape[1]
-        return self.statistics.data_ptr(), array.address(self.gradients), rows, self.training
+        return array.address(self.statistics), array.address(self.gradients), rows, self.training

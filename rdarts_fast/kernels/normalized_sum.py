@@ -21,6 +21,7 @@ from torch.autograd import Function
 from rdarts_fast import native
 from rdarts_fast.kernels import array
 from rdarts_fast.kernels.channel_sums import channel_affine, channel_sums
+from rdarts_fast.kernels.launches import launch
 from rdarts_fast.kernels.node_sum import (
     Key,
     Noise,
@@ -189,7 +190,8 @@ class _NormalizedSum(Function):
         place = native.place(device)
         space = native.extension.workspace(shape, len(z), 0, place)
         workspace = torch.empty(space, dtype=torch.float64, device=device)
-        native.extension.normalized_sum(
+        launch(
+            "normalized_sum",
             array.DTYPES[out.dtype],
             shape,
             array.flat((out, *z)),
@@ -200,8 +202,8 @@ class _NormalizedSum(Function):
             array.address(factors),
             native_noise(settings.key, drawn_weights, drawn_factors),
             (settings.eps, settings.momentum, settings.training),
-            statistics.data_ptr(),
-            workspace.data_ptr(),
+            array.address(statistics),
+            array.address(workspace),
             place,
         )
         return out
@@ -230,17 +232,18 @@ def _fused_backward(ctx: Any, g: Tensor) -> Gradients:
     sums = len(z) + sites
     space = native.extension.workspace(shape, len(z), sites, place)
     buffer = torch.empty(sums + space, dtype=torch.float64, device=g.device)
-    native.extension.normalized_sum_backward(
+    launch(
+        "normalized_sum_backward",
         array.DTYPES[g.dtype],
         shape,
         array.flat((g, *z, *dz)),
-        weights.data_ptr(),
+        array.address(weights),
         settings.normalised,
         array.address(factors),
         native_noise(settings.key, None, drawn_factors),
         settings.training,
-        statistics.data_ptr(),
-        buffer.data_ptr(),
+        array.address(statistics),
+        array.address(buffer),
         place,
     )
     if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[3]):
@@ -277,12 +280,12 @@ def _recorded_backward(ctx: Any, g: Tensor) -> Gradients:
 def _addresses(running: Running | None) -> list[int]:
     addresses: list[int] = []
     for pair in running or ():
-        addresses += (0, 0) if pair is None else (pair[0].data_ptr(), pair[1].data_ptr())
+        addresses += (0, 0) if pair is None else (array.address(pair[0]), array.address(pair[1]))
     return addresses
 
 
 def _rows(sums: Sums | None) -> list[int]:
     rows: list[int] = []
     for tensor in sums or ():
-        rows += (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+        rows += (0, 0) if tensor is None else (array.address(tensor), tensor.stride(0))
     return rows

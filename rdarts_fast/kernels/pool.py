@@ -19,6 +19,7 @@ from torch.autograd import Function
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
+from rdarts_fast.kernels.launches import launch
 
 KINDS = ("max", "avg")
 Kinds = tuple[str, ...]
@@ -102,12 +103,13 @@ def launch_pools(x: Tensor, stride: int, kinds: Kinds) -> tuple[list[Tensor], Op
     where = native.place(x.device)
     space = native.extension.workspace(_pooled_shape(x, stride), k, 0, where)
     buffer = torch.empty(3 * k * c + space, dtype=torch.float64, device=x.device)
-    native.extension.pool(
+    launch(
+        "pool",
         array.DTYPES[x.dtype],
         shape,
         stride,
         array.flat((x, *_by_kind(kinds, values), place)),
-        buffer.data_ptr(),
+        array.address(buffer),
         where,
     )
     return values, place, buffer[: 3 * k * c].view(3, k, c)
@@ -121,7 +123,8 @@ def launch_pool_adjoint(
     like = present[0]
     dx = array.empty(like, (*like.shape[:2], *size), array.memory_format(present))
     if dx.device.type != "meta":
-        native.extension.pool_adjoint(
+        launch(
+            "pool_adjoint",
             array.DTYPES[dx.dtype],
             tuple(dx.shape),
             stride,
@@ -135,7 +138,8 @@ def launch_pool_tangent(x: Tensor, stride: int, kinds: Kinds, place: Optional) -
     """Return the tangents of the pools from that of what is pooled, [N, C, H, W]."""
     values = [_empty(x, stride, x.dtype) for _ in kinds]
     if x.device.type != "meta":
-        native.extension.pool_tangent(
+        launch(
+            "pool_tangent",
             array.DTYPES[x.dtype],
             tuple(x.shape),
             stride,

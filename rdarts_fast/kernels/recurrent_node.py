@@ -19,6 +19,7 @@ from torch.autograd import Function
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
+from rdarts_fast.kernels.launches import launch
 
 CURVES = ("tanh", "relu", "sigmoid", "identity")
 MOST_SOURCES = 16
@@ -120,7 +121,8 @@ class _Node(Function):
             return recurrent_node_twin(states, gates, mix)
         node = torch.empty(states[0].shape, dtype=mix.dtype, device=mix.device)
         whole, s, g = mix.contiguous(), rows_of(states), rows_of(gates)
-        native.extension.recurrent_node(
+        launch(
+            "recurrent_node",
             node_at(node, whole.data_ptr(), curved),
             s.numbers,
             g.numbers,
@@ -152,7 +154,8 @@ class _NodeBackward(Function):
         total, whole, given = torch.empty_like(made.states[0]), mix.contiguous(), g.contiguous()
         room_for_g, dmix = total.data_ptr(), made.mix.data_ptr()
         s, c = rows_of(states), rows_of(gates)
-        native.extension.recurrent_node_backward(
+        launch(
+            "recurrent_node_backward",
             node_at(total, whole.data_ptr(), curved),
             s.numbers,
             c.numbers,
@@ -182,7 +185,8 @@ class _NodeBackward(Function):
         s, c = rows_of(states), rows_of(gates)
         along_mix, along_s = along[0].contiguous(), rows_of(along[1 : 1 + count])
         along_c = rows_of(along[1 + count :])
-        native.extension.recurrent_node_second(
+        launch(
+            "recurrent_node_second",
             node_at(tangent, whole.data_ptr(), ctx.curved),
             s.numbers,
             c.numbers,

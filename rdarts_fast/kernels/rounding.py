@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
+from rdarts_fast.kernels.launches import launch
 
 
 def rounded(
@@ -33,9 +34,10 @@ def rounded(
     out = [array.empty(x, shape, torch.channels_last, torch.bfloat16) for x in innermost]
     if math.prod(shape) and device.type != "meta":
         scale, shift = map(array.contiguous, (scale, shift))
-        native.extension.rounding(
-            [x.data_ptr() for x in innermost],
-            [x.data_ptr() for x in out],
+        launch(
+            "rounding",
+            [array.address(x) for x in innermost],
+            [array.address(x) for x in out],
             math.prod(shape),
             shape[1],
             array.address(scale),

@@ -21,6 +21,7 @@ from torch.autograd import Function
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
+from rdarts_fast.kernels.launches import launch
 from rdarts_fast.kernels.node_sum import node_sum_dq
 
 KERNELS = (3, 5, 7)
@@ -116,7 +117,8 @@ def launch_sep_stage(operands: Operands) -> tuple[list[Tensor], Tensor]:
     x, shape = operands.x, operands.out_shape()
     z = [array.empty(x[0], shape, torch.channels_last) for _ in x]
     buffer = _buffer(operands, backward=False)
-    native.extension.sep_stage(
+    launch(
+        "sep_stage",
         array.DTYPES[x[0].dtype],
         tuple(x[0].shape),
         array.flat(x),
@@ -126,7 +128,7 @@ def launch_sep_stage(operands: Operands) -> tuple[list[Tensor], Tensor]:
         _addresses(operands),
         array.address(operands.scale),
         array.address(operands.shift),
-        buffer.data_ptr(),
+        array.address(buffer),
         native.place(x[0].device),
     )
     return z, buffer[: 3 * len(x) * shape[1]].view(3, len(x), shape[1])
@@ -152,7 +154,8 @@ def launch_sep_stage_backward(
     x, buffer = operands.x, _buffer(operands, backward=True)
     weights = [*operands.depthwise, *operands.pointwise]
     dweights = [torch.empty_like(w) for w in weights] if wants_weights else []
-    native.extension.sep_stage_backward(
+    launch(
+        "sep_stage_backward",
         array.DTYPES[x[0].dtype],
         tuple(x[0].shape),
         array.flat(x),
@@ -166,8 +169,8 @@ def launch_sep_stage_backward(
         array.flat(dv),
         adds,
         wants_sums,
-        [w.data_ptr() for w in dweights],
-        buffer.data_ptr(),
+        [array.address(w) for w in dweights],
+        array.address(buffer),
         native.place(x[0].device),
     )
     size = 2 * len(x) * x[0].shape[1]
@@ -189,7 +192,7 @@ def _buffer(operands: Operands, *, backward: bool) -> Tensor:
 
 
 def _addresses(operands: Operands) -> list[int]:
-    return [w.data_ptr() for w in (*operands.depthwise, *operands.pointwise)]
+    return [array.address(w) for w in (*operands.depthwise, *operands.pointwise)]
 
 
 def _check(

@@ -8,6 +8,7 @@ writes is still in the cache when the next reads it; elsewhere all edges share e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
+from rdarts_fast.kernels.launches import launch, scratch
 from rdarts_fast.kernels.norm_table import NormTable, Running
 from rdarts_fast.kernels.sep_stage import Geometry
 
@@ -52,15 +54,16 @@ def launch_stages(
     maps = torch.empty(len(links), 2, len(x), shapes[0][1], dtype=dtype, device=x[0].device)
     running = [[buffer for own in link.running for buffer in own] for link in links]
     buffer = _buffer(x, _together(x), shapes, links, backward=False)
-    native.extension.stages(
+    launch(
+        "stages",
         array.DTYPES[x[0].dtype],
         tuple(x[0].shape),
         array.flat(x),
         _stages(shapes, z, links, running),
         table.address(),
         rule,
-        maps.data_ptr(),
-        buffer.data_ptr(),
+        array.address(maps),
+        array.address(buffer),
         native.place(x[0].device),
     )
     return z, maps
@@ -88,27 +91,25 @@ def launch_stages_backward(
     shapes = _shapes(x, links)
     dtype, place = array.DTYPES[x[0].dtype], native.place(x[0].device)
     together = _together(x)
-    between = [
-        [array.empty(x[0], shape, torch.channels_last) for _ in range(together)]
-        for shape in shapes[:-1]
-    ]
+    between = [_between(x[0], s, shape, together) for s, shape in enumerate(shapes[:-1])]
     dweights = [
         [torch.empty_like(w) for w in link.weights] if wants_weights else [] for link in links
     ]
     buffer = _buffer(x, together, shapes, links, backward=True)
-    native.extension.stages_backward(
+    launch(
+        "stages_backward",
         dtype,
         tuple(x[0].shape),
         array.flat(x),
         _stages(shapes, z, links, dweights),
         table.address(),
-        maps.data_ptr(),
+        array.address(maps),
         array.flat(g),
         [array.flat(tensors) for tensors in between],
         array.flat(dv),
         adds,
         array.address(factors),
-        buffer.data_ptr(),
+        array.address(buffer),
         place,
     )
     return dweights
@@ -133,7 +134,7 @@ def _stages(
             shape,
             array.flat(tensors),
             link.geometry,
-            [w.data_ptr() for w in link.weights],
+            [array.address(w) for w in link.weights],
             link.first,
             [array.address(tensor) for tensor in others],
         )
@@ -158,5 +159,15 @@ def _buffer(
 ) -> Tensor:
     place, shape = native.place(x[0].device), tuple(x[0].shape)
     stages = [(out, link.geometry) for out, link in zip(shapes, links, strict=True)]
-    size = native.extension.stages_buffer(together, shape, stages, backward, place)
-    return torch.empty(size, dtype=torch.float64, device=x[0].device)
+    size: int = native.extension.stages_buffer(together, shape, stages, backward, place)
+    make = partial(torch.empty, size, dtype=torch.float64, device=x[0].device)
+    return scratch(("stages", size), make)
+
+
+def _between(like: Tensor, s: int, shape: Sequence[int], together: int) -> list[Tensor]:
+    """Return room for the gradients of stage s's z, of as many edges as go together."""
+
+    def make() -> list[Tensor]:
+        return [array.empty(like, shape, torch.channels_last) for _ in range(together)]
+
+    return scratch(("between", s, shape, together), make)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rdarts_fast.kernels.array import chosen, coefficient_dtype, empty
+from rdarts_fast.kernels.launches import at_once, run_waiting, together
 from rdarts_fast.kernels.mixing import (
     MixingGradients,
     Sources,
@@ -58,25 +59,26 @@ class CellBackward(CellPass):
         g = _dense([None if one is None else one.to(self.like.dtype) for one in given])
         self.passed = g[nodes:]
         dweights = (torch.empty_like if self.plan.weighs_all else torch.zeros_like)(self.weights)
-        for node in reversed(range(nodes)):
-            found, state = self.plan.nodes[node], node + INPUTS
-            own = g[node]
-            if own is None:
-                z = self.kept.states[state]
-                own = torch.zeros_like(z, dtype=self.like.dtype)
-            self.gradients_of([state], own)
-            self.table.node_backward(
-                self.ds[state],
-                [self.kept.z[row] for row in found.terms.rows],
-                found.terms,
-                self.weights,
-                self.kept.means[state],
-                dweights,
-                self.factors_of(found.edges),
-                self.drawn(node, self.kept.noise.get(state)),
-                self.plan.one_of(state - 1),
-            )
-        dv = self.preprocess_backward()
+        with together(self.like.device):
+            for node in reversed(range(nodes)):
+                found, state = self.plan.nodes[node], node + INPUTS
+                own = g[node]
+                if own is None:
+                    z = self.kept.states[state]
+                    own = torch.zeros_like(z, dtype=self.like.dtype)
+                self.gradients_of([state], own)
+                self.table.node_backward(
+                    self.ds[state],
+                    [self.kept.z[row] for row in found.terms.rows],
+                    found.terms,
+                    self.weights,
+                    self.kept.means[state],
+                    dweights,
+                    self.factors_of(found.edges),
+                    self.drawn(node, self.kept.noise.get(state)),
+                    self.plan.one_of(state - 1),
+                )
+            dv = self.preprocess_backward()
         return [dweights, *dv[0], *dv[1], *self.dparameters]
 
     def preprocess_backward(self) -> list[list[Tensor | None]]:
@@ -187,7 +189,10 @@ class CellBackward(CellPass):
             return self.table.rows(source.skip_row - count, count + skips)[0]
         dtype, channels = coefficient_dtype(self.like.dtype), self.table.statistics.shape[2]
         ones = self.like.new_ones(count, channels, dtype=dtype)
-        return torch.cat([ones, self.table.rows(source.skip_row, skips)[0]]) if skips else ones
+        if not skips:
+            return ones
+        run_waiting()
+        return torch.cat([ones, self.table.rows(source.skip_row, skips)[0]])
 
     def gradients_into(self, edges: Sequence[int]) -> list[Tensor]:
         """Return the gradients of the states that some edges enter."""
@@ -251,6 +256,7 @@ class CellBackward(CellPass):
         edges = [e for pool in pools for e in pool.edges]
         terms, factors = self.gradients_into(edges), self.factors_of(edges)
         rows = [self.table.rows(pool.row, len(pool.edges)) for pool in pools]
+        run_waiting()
         scale, by_z, constant = (torch.cat(parts) for parts in zip(*rows, strict=True))
         shift = None
         if self.training:  # z, once for all edges
@@ -266,14 +272,15 @@ class CellBackward(CellPass):
         x, result = self.kept.singles[single.row]
         (by_g, _, _), factors = self.table.rows(single.row, 1), self.factors_of([single.edge])
         ds = self.gradients_into([single.edge])
-        g = launch_node_sum(None, by_g, None, factors, None, None, ds).to(result.dtype)
         parameters = self.own_parameters[single.parameters]
         wanted = [p for p in parameters if p.requires_grad and self.wants_parameters]
         if not result.requires_grad:
             return torch.zeros_like(x, dtype=self.like.dtype)
-        dx, *found = torch.autograd.grad(
-            result, [x, *wanted], g, retain_graph=True, allow_unused=True
-        )
+        with at_once():
+            g = launch_node_sum(None, by_g, None, factors, None, None, ds).to(result.dtype)
+            dx, *found = torch.autograd.grad(
+                result, [x, *wanted], g, retain_graph=True, allow_unused=True
+            )
         by_parameter = dict(zip(map(id, wanted), found, strict=True))
         self.dparameters[single.parameters] = [by_parameter.get(id(p)) for p in parameters]
         return (torch.zeros_like(x) if dx is None else dx).to(self.like.dtype)

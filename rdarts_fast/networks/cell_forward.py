@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rdarts_fast import native
 from rdarts_fast.draws import Draws
 from rdarts_fast.kernels.array import chosen, coefficient_dtype, empty
+from rdarts_fast.kernels.launches import at_once, together
 from rdarts_fast.kernels.mixing import Sources, launch_mixing, launch_mixings
 from rdarts_fast.kernels.node_sum import launch_scaled
 from rdarts_fast.kernels.norm_table import Drawn, NormTable, Running
@@ -167,13 +168,14 @@ class CellForward(CellPass):
 
     def compute(self) -> list[Tensor]:
         """Return the nodes."""
-        self.preprocess()
         nodes = []
-        for i, source in enumerate(self.plan.sources):
-            self.leave(i, source)
-            node = i - INPUTS + 1  # all that enters it has left the states up to i
-            if 0 <= node < len(self.plan.nodes):
-                nodes.append(self.enter(node))
+        with together(self.like.device):
+            self.preprocess()
+            for i, source in enumerate(self.plan.sources):
+                self.leave(i, source)
+                node = i - INPUTS + 1  # all that enters it has left the states up to i
+                if 0 <= node < len(self.plan.nodes):
+                    nodes.append(self.enter(node))
         return nodes
 
     def preprocess(self) -> None:
@@ -222,7 +224,7 @@ class CellForward(CellPass):
         for g in range(len(source.skips)):
             self.kept.z[source.skip_row + g] = state
         for single in source.singles:
-            with torch.set_grad_enabled(self.recorded):
+            with at_once(), torch.set_grad_enabled(self.recorded):
                 x = state.detach().requires_grad_(self.recorded)
                 result = single.module(x)
             check_single(single, source, state, result)
