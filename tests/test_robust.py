@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -333,29 +333,57 @@ def test_words_become_settings() -> None:
     }
 
 
+# A protocol for each line read, in a process forked for it, so that torch is imported once.
 KILLED = """
-import importlib, os, signal, sys
+import importlib, json, os, signal, sys, torch
+import matplotlib.backends.backend_svg, matplotlib.figure  # not by every fork
 from pathlib import Path
 from tests.test_robust import run_robust, tiny
-left, module = int(sys.argv[2]), importlib.import_module("rdarts_fast." + sys.argv[3])
-called = getattr(module, sys.argv[4])
-def counting(*given):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return called(*given)
-setattr(module, sys.argv[4], counting)
-run_robust(**tiny(Path(sys.argv[1])))
+torch.set_num_threads(1)
+def run(folder, left, module, name):
+    module = importlib.import_module("rdarts_fast." + module)
+    called = getattr(module, name)
+    def counting(*given):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return called(*given)
+    setattr(module, name, counting)
+    run_robust(**tiny(Path(folder)))
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(2, 1)  # what is printed is not the answer
+        try:
+            run(*json.loads(line))
+        finally:
+            os._exit(1)
+    status = os.waitpid(pid, 0)[1]
+    print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, flush=True)
 """
+Kill = Callable[[Path, int, str, str], None]
 
 
-def killed(folder: Path, calls: int, module: str, name: str) -> None:
+@pytest.fixture(scope="module")
+def killed() -> Iterator[Kill]:
     """Run the protocol in a process that is killed at one of the calls of a function."""
-    command = [sys.executable, "-c", KILLED, str(folder), str(calls), module, name]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.run(command, env=environment, capture_output=True, timeout=120)
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-2000:]
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def kill(folder: Path, calls: int, module: str, name: str) -> None:
+        process.stdin.write(json.dumps([str(folder), calls, module, name]) + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == f"{int(signal.SIGKILL)}\n"
+
+    with process:  # closes its input, which ends it
+        yield kill
+    assert process.returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +394,9 @@ def whole(tmp_path_factory) -> Path:
     return folder / "robust"
 
 
-def test_killed_in_each_stage_and_started_again_the_table_is_the_same(whole, tmp_path) -> None:
+def test_killed_in_each_stage_and_started_again_the_table_is_the_same(
+    whole, killed, tmp_path
+) -> None:
     # Two steps a search and a short training, four the full one. What was finished is not done
     # again, and a run that was killed begins anew or from its last epoch.
     order = ["searches/l2-0.0003-seed0", "searches/l2-0.03-seed0"]
@@ -386,7 +416,9 @@ def test_killed_in_each_stage_and_started_again_the_table_is_the_same(whole, tmp
     assert numbers(tmp_path / "robust") == numbers(whole)
 
 
-def test_killed_while_it_chooses_and_between_two_files_of_the_table(whole, tmp_path) -> None:
+def test_killed_while_it_chooses_and_between_two_files_of_the_table(
+    whole, killed, tmp_path
+) -> None:
     files = ["table.json", "table.csv", "table.md"]
     killed(tmp_path, 1, "robust", "select")
     assert not (tmp_path / "robust" / "final").exists()
