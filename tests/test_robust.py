@@ -336,8 +336,8 @@ def test_words_become_settings() -> None:
 
 # A protocol for each line read, in a process forked for it, so that torch is imported once.
 KILLED = """
-import importlib, json, os, signal, sys, torch
-import matplotlib.backends.backend_svg, matplotlib.figure  # not by every fork
+import importlib, json, os, signal, sys
+import matplotlib.backends.backend_svg, matplotlib.figure, torch._dynamo  # here, not by every fork
 from pathlib import Path
 from tests.test_robust import run_robust, tiny
 torch.set_num_threads(1)
