@@ -40,7 +40,7 @@ class GlobalElements {
   };
   size_t place_of(const void* address) const {
     const uint64_t mixed = reinterpret_cast<uintptr_t>(address) * 0x9E3779B97F4A7C15u;  // Fibonacci
-    size_t place = (mixed >> 32) & (keys_.size() - 1);
+    size_t place = mixed >> (64 - bits_);
     while (keys_[place].launch == launch_ && keys_[place].address != address) {
       place = (place + 1) & (keys_.size() - 1);
     }
@@ -49,7 +49,7 @@ class GlobalElements {
   void grow() {
     const std::vector<Key> keys = std::move(keys_);
     const std::vector<Element> elements = std::move(elements_);
-    keys_ = std::vector<Key>(keys.empty() ? 1 << 12 : 2 * keys.size());
+    keys_ = std::vector<Key>(size_t{1} << ++bits_);
     elements_ = std::vector<Element>(keys_.size());
     for (size_t i = 0; i < keys.size(); ++i) {
       const bool present = keys[i].launch == launch_;
@@ -62,8 +62,9 @@ class GlobalElements {
     }
   }
 
-  std::vector<Key> keys_;
+  std::vector<Key> keys_;  // a power of two
   std::vector<Element> elements_;
+  int bits_ = 11;
   uint64_t launch_ = 1;
   size_t used_ = 0;
 };
