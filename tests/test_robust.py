@@ -460,13 +460,13 @@ run_robust(**tiny(Path({str(whole.parent)!r}), out=Path({str(folder)!r}), fleet=
 
 def kill_worker(run: Path) -> None:
     """Kill the process that holds a run, once it has begun."""
-    for _ in range(6000):
+    for _ in range(18000):
         words = (run / "lock").read_text().split() if (run / "lock").exists() else []
         if len(words) > 1 and words[0] == "process":
             os.kill(int(words[1]), signal.SIGKILL)
             return
         time.sleep(0.01)
-    raise AssertionError("no run began within a minute")
+    raise AssertionError("no run began within three minutes")
 
 
 def test_the_command_line_and_its_help(tmp_path) -> None:
