@@ -94,7 +94,7 @@ def test_lambda_max_is_that_of_float64(space: str) -> None:
 def test_the_hessian_is_float32_s_whatever_the_precision() -> None:
     found, rounded = [], []
     for name in (FP32, TF32):
-        net, alphas = network("s2", 8, 3)  # to 32 channels, whose products tf32 rounds
+        net, alphas = network("s5", 8, 3)  # to 32 channels, whose products tf32 rounds
         images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         with on_host(), torch_precision(name):
             operator = net.hessian_operator(alphas, images, torch.arange(2), Draws(3))
@@ -108,14 +108,14 @@ def test_the_hessian_is_float32_s_whatever_the_precision() -> None:
 @pytest.mark.parametrize("space", ["s2", "s4"])
 def test_gradients_of_rounded_products_are_those_of_float64(space: str) -> None:
     """Run by the CUDA kernels on the CPU, whose bodies of tensor cores round what those do."""
-    _, *expected = gradient(*network(space, 16, 4, torch.float64), size=8, batch=4)
+    _, *expected = gradient(*network(space, 12, 3, torch.float64), size=8, batch=4)
     for name, least in ((TF32, 0.99999), (BF16, 0.9999)):
-        net, alphas = network(space, 16, 4)
+        net, alphas = network(space, 12, 3)  # to 48 channels
         net.compute(name)
         with on_host(), torch_precision(name):
             _, *found = gradient(net, alphas, size=8, batch=4)
         for a, b in zip(found, expected, strict=True):
-            assert cosine(a, b) > least
+            assert least < cosine(a, b) < 1 - 1e-8  # float32's own error is 1e-12
 
 
 @pytest.mark.parametrize("space", ["s1", "s4", "darts"])

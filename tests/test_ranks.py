@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from rdarts_fast.tasks.classification import Classification
 from tests.small import arguments, write_images
 
 REPOSITORY = Path(__file__).parents[1]
+RETRAIN = str(REPOSITORY / "rdarts_fast" / "retrain.py")
 GENOTYPE = Genotype(
     {
         "normal": ((("sep_conv_3x3", 0), ("skip_connect", 1)),),
@@ -129,10 +132,60 @@ def torchrun(*words: str, count: int = 2) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_two_processes_average_their_gradients(tmp_path) -> None:
+# For each line two processes as torchrun starts them, but forked, so that torch is imported once.
+FORKS = """
+import json, os, runpy, socket, sys
+import torch._dynamo, torch.distributed  # here, not by every fork
+import rdarts_fast.retrain
+torch.set_num_threads(1)
+def rank(number, port, words):
+    names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    os.dup2(2, 1)  # what is printed is not the answer
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+for line in sys.stdin:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = []
+    for number in range(2):
+        ranks.append(os.fork())
+        if ranks[-1] == 0:
+            code = 1
+            try:
+                rank(number, port, json.loads(line))
+                code = 0
+            finally:
+                os._exit(code)
+    print(*(os.waitstatus_to_exitcode(os.waitpid(one, 0)[1]) for one in ranks), flush=True)
+"""
+Forked = Callable[..., list[int]]
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Forked]:
+    """Run a file of Python on two processes; return what each ended with."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(*words: str) -> list[int]:
+        process.stdin.write(json.dumps(words) + "\n")
+        process.stdin.flush()
+        return [int(word) for word in process.stdout.readline().split()]
+
+    with process:  # closes its input, which ends it
+        yield run
+    assert process.returncode == 0
+
+
+def test_two_processes_average_their_gradients(forked, tmp_path) -> None:
     (tmp_path / "two.py").write_text(TWO)
-    done = torchrun(str(tmp_path / "two.py"), str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert forked(str(tmp_path / "two.py"), str(tmp_path)) == [0, 0]
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     _, images, labels = example()
 
@@ -254,27 +307,27 @@ retrain.main()
 """
 
 
-def test_inputs_that_no_node_reads_and_a_last_batch_of_three(tmp_path) -> None:
+def test_inputs_that_no_node_reads_and_a_last_batch_of_three(forked, tmp_path) -> None:
     given = small(tmp_path, batch_size=11)  # 36 images: the last batch has three
     node = ((("sep_conv_3x3", 0),),)
     (tmp_path / "g.json").write_text(Genotype({"normal": node, "reduce": node}).to_json())
-    done = torchrun("-m", "rdarts_fast.retrain", str(tmp_path / "g.json"), *arguments(given))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert forked(RETRAIN, str(tmp_path / "g.json"), *arguments(given)) == [0, 0]
     assert len(Run.read(tmp_path / "run").metrics) == 2
 
 
-def test_both_processes_killed_and_resumed_the_sums_are_of_the_whole_epoch(tmp_path) -> None:
+def test_both_processes_killed_and_resumed_the_sums_are_of_the_whole_epoch(
+    forked, tmp_path
+) -> None:
     given = small(tmp_path, checkpoint_minutes=0)
     (tmp_path / "killed.py").write_text(KILLED)
-    begun = torchrun(str(tmp_path / "killed.py"), str(tmp_path / "g.json"), *arguments(given))
-    assert begun.returncode != 0
+    begun = forked(str(tmp_path / "killed.py"), str(tmp_path / "g.json"), *arguments(given))
+    assert begun == [-signal.SIGKILL] * 2
     stored = Run.read(tmp_path / "run").load_checkpoint()
     assert (stored["epoch"], stored["step"]) == (1, 2)
     assert stored["sums"]["items"] == 16  # two batches of 8, of both processes
-    done = torchrun("-m", "rdarts_fast.retrain", "--resume", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert forked(RETRAIN, "--resume", str(tmp_path / "run")) == [0, 0]
     whole = small(tmp_path, out=tmp_path / "whole")
-    torchrun("-m", "rdarts_fast.retrain", str(tmp_path / "g.json"), *arguments(whole))
+    assert forked(RETRAIN, str(tmp_path / "g.json"), *arguments(whole)) == [0, 0]
     keys = ("train_loss", "train_accuracy", "test_loss", "test_error")
     records = [
         [[record[key] for key in keys] for record in Run.read(tmp_path / name).metrics]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from rdarts_fast import native
@@ -88,18 +90,50 @@ def test_no_kernel_needs_more_than_its_registers() -> None:
     assert 0 < max(kernel.shared for kernel in dynamic) <= 8 << 10  # launch.h: kMostStatic
 
 
-def tensor_core_instructions(binary: Path, arch: str) -> dict[str, int]:
-    """Return how many instructions of tensor cores each kernel of a GPU generation has."""
-    command = [cuobjdump(), "--dump-sass", "--gpu-architecture", arch, str(binary)]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    parts = re.split(r"^\s*Function : (\S+)\n", report, flags=re.M)
-    return {name: code.count("HMMA.") for name, code in zip(parts[1::2], parts[2::2], strict=True)}
+def code_of_kernels(binary: Path, arch: str, folder: Path) -> dict[str, np.ndarray]:
+    """Return the first words of every kernel's instructions, of a GPU generation. `folder` gets the
+    ELF files that hold them.
+    """
+    command = [cuobjdump(), "--extract-elf", f".{arch}.", str(binary.resolve())]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder)
+    found = {}
+    for path in folder.iterdir():
+        elf = path.read_bytes()
+        (headers_at,) = struct.unpack_from("<Q", elf, 40)
+        size, count, names = struct.unpack_from("<3H", elf, 58)
+        headers = [struct.unpack_from("<II4Q", elf, headers_at + size * i) for i in range(count)]
+        for name_at, _, _, _, start, length in headers:
+            at = headers[names][4] + name_at
+            name = elf[at : elf.index(b"\0", at)].decode()
+            if name.startswith(".text."):
+                words = np.frombuffer(elf, "<u8", length // 8, start)  # two an instruction
+                found[name.removeprefix(".text.")] = words[::2]
+    return found
+
+
+def tensor_core_instructions(binary: Path, arch: str, folder: Path) -> dict[str, int]:
+    """Return how many instructions of tensor cores each kernel of a GPU generation has.
+
+    To take them all apart as text takes long: one of them says which opcode is theirs.
+    """
+    code = code_of_kernels(binary, arch, folder)
+    one = next(name for name in code if f"{FORWARD[0]}I13__nv_bfloat16" in name)
+    command = [cuobjdump(), "--dump-sass", "--gpu-architecture", arch, "--function", one]
+    report = subprocess.run([*command, binary], check=True, capture_output=True, text=True).stdout
+    lines = re.findall(
+        r"^ +/\*[0-9a-f]+\*/ +(.*);.*/\* 0x[0-9a-f]+([0-9a-f]{3}) \*/$", report, re.M
+    )
+    assert len(lines) == len(code[one]) > 0
+    (opcode,) = {int(low, 16) for text, low in lines if "HMMA." in text}
+    found = {name: int((words & 0xFFF == opcode).sum()) for name, words in code.items()}
+    assert found[one] == sum("HMMA." in text for text, _ in lines)
+    return found
 
 
 @pytest.mark.skipif(not ARCHS, reason="the installed native module is a CPU build")
 @pytest.mark.parametrize("arch", ARCHS)
-def test_products_are_on_tensor_cores_where_they_may_be_rounded(arch: str) -> None:
-    found = tensor_core_instructions(Path(str(native.extension.__file__)), arch)
+def test_products_are_on_tensor_cores_where_they_may_be_rounded(arch: str, tmp_path: Path) -> None:
+    found = tensor_core_instructions(Path(str(native.extension.__file__)), arch, tmp_path)
     for kernel in (*FORWARD, *BACKWARD):  # of type, size of a depthwise part, whether it rounds
         pattern = rf"\d{kernel}I(f|d|13__nv_bfloat16)(?:Li\dE)?Lb(\d)E"
         named = [(re.search(pattern, name), count) for name, count in found.items()]

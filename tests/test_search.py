@@ -232,8 +232,8 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 60.0) -> Non
 # Killed at any moment. The child forks per kill, so that torch is imported once.
 
 KILLS = """
-import os, signal, sys, torch
-import matplotlib.backends.backend_svg, matplotlib.figure  # imported once, not by every fork
+import os, signal, sys
+import matplotlib.backends.backend_svg, matplotlib.figure, torch._dynamo  # here, not by every fork
 from pathlib import Path
 torch.set_num_threads(1)
 from rdarts_fast import run_dir, search, training

@@ -16,10 +16,63 @@
 namespace on_host {
 namespace {
 
-std::unordered_map<const void*, Element> global_elements;
+// The elements of global memory that the launch has touched: a hash table that is probed one place
+// after another, in which whatever an earlier launch left counts as empty.
+class GlobalElements {
+ public:
+  Element& at(const void* address) {
+    if (2 * ++used_ > keys_.size()) grow();  // at most as many as that
+    const size_t place = place_of(address);
+    if (keys_[place].launch == launch_) {
+      --used_;
+    } else {
+      keys_[place] = {address, launch_};
+      elements_[place].clear();
+    }
+    return elements_[place];
+  }
+  void forget() { ++launch_, used_ = 0; }
+
+ private:
+  struct Key {
+    const void* address = nullptr;
+    uint64_t launch = 0;
+  };
+  size_t place_of(const void* address) const {
+    const uint64_t mixed = reinterpret_cast<uintptr_t>(address) * 0x9E3779B97F4A7C15u;  // Fibonacci
+    size_t place = mixed >> (64 - bits_);
+    while (keys_[place].launch == launch_ && keys_[place].address != address) {
+      place = (place + 1) & (keys_.size() - 1);
+    }
+    return place;
+  }
+  void grow() {
+    const std::vector<Key> keys = std::move(keys_);
+    const std::vector<Element> elements = std::move(elements_);
+    keys_ = std::vector<Key>(size_t{1} << ++bits_);
+    elements_ = std::vector<Element>(keys_.size());
+    for (size_t i = 0; i < keys.size(); ++i) {
+      const bool present = keys[i].launch == launch_;
+      if (!present) {
+        delete elements[i].others;
+        continue;
+      }
+      const size_t place = place_of(keys[i].address);
+      keys_[place] = keys[i], elements_[place] = elements[i];
+    }
+  }
+
+  std::vector<Key> keys_;  // a power of two
+  std::vector<Element> elements_;
+  int bits_ = 11;
+  uint64_t launch_ = 1;
+  size_t used_ = 0;
+};
+
+GlobalElements global_elements;
 std::unordered_map<const void*, std::list<Published>> published;
 alignas(1024) unsigned char shared_memory[kMaxShared];
-std::vector<Element> shared_elements;
+Element shared_elements[kMaxShared / kBytesOfElement];
 
 // Whether another block's touch lies before what this one does now.
 bool was_published(const Touch& touch) {
@@ -43,9 +96,10 @@ void publish(const void* address) {
 bool comes_before(const Touch& touch, uint64_t memory_start) {
   if (touch.epoch < memory_start) return true;
   if (touch.epoch < block.start) return was_published(touch);
-  if (touch.epoch < block.epoch || touch.thread == block.self->number) return true;
-  return touch.thread / kWarp == block.self->number / kWarp &&
-         touch.time <= block.self->known[touch.thread % kWarp];
+  const auto thread = static_cast<int>(touch.thread);
+  if (touch.epoch < block.epoch || thread == block.self->number) return true;
+  return thread / kWarp == block.self->number / kWarp &&
+         touch.time <= block.self->known[thread % kWarp];
 }
 
 const char* word(Access access) {
@@ -65,20 +119,36 @@ std::string name_of(const Target& target) {
                                                         : text_of(block.threads[earlier.thread]);
   fail(target.site, std::string(word(access)) + "-after-" + word(before) + " race: " +
                         word(access) + " of " + name_of(target) + " after the " + word(before) +
-                        " by " + other + " at " + text(earlier.site) + ", with no barrier between");
+                        " by " + other + " at " + text(earlier.site()) + ", with no barrier between");
 }
 
-void append(std::vector<Touch>& touches, const Touch& now, uint64_t memory_start) {
-  if (!touches.empty()) {
-    const Touch& last = touches.back();
-    const bool one_block = memory_start == block.start;  // only this block sees the memory
-    if (one_block && last.epoch < now.epoch) {
-      touches.clear();
-    } else if (last.epoch == now.epoch && last.thread == now.thread) {
-      touches.pop_back();
-    }
+// What the running thread does now.
+Touch touch_now(Site site) {
+  return {block.epoch, site, block.self->number, block.self->time, block.self->fences};
+}
+
+bool is_of_now(const Touch& touch) {
+  return touch.epoch == block.epoch && static_cast<int>(touch.thread) == block.self->number;
+}
+
+// Where only one block sees the memory, what lies before a barrier is of no more use.
+void add_read(Element& element, Site site, bool one_block) {
+  const Touch& last = element.read;
+  if (one_block && last.epoch < block.epoch) {
+    element.clear_reads();
+  } else if (last.epoch != 0 && !is_of_now(last)) {
+    element.more().reads.push_back(last);
   }
-  touches.push_back(now);
+  element.read = touch_now(site);
+}
+
+void add_atomic(std::vector<Touch>& touches, Site site, bool one_block) {
+  if (!touches.empty() && one_block && touches.back().epoch < block.epoch) {
+    touches.clear();
+  } else if (!touches.empty() && is_of_now(touches.back())) {
+    touches.pop_back();
+  }
+  touches.push_back(touch_now(site));
 }
 
 void check_order(Access access, const Target& target, Element& element, uint64_t memory_start) {
@@ -86,20 +156,21 @@ void check_order(Access access, const Target& target, Element& element, uint64_t
     if (!comes_before(touch, memory_start)) fail_race(access, target, before, touch);
   };
   check(Access::kWrite, element.write);
-  if (access != Access::kRead) {
-    for (const Touch& touch : element.reads) check(Access::kRead, touch);
+  if (element.others != nullptr) {
+    if (access != Access::kRead) {
+      for (const Touch& touch : element.others->reads) check(Access::kRead, touch);
+    }
+    if (access != Access::kAtomic) {
+      for (const Touch& touch : element.others->atomics) check(Access::kAtomic, touch);
+    }
   }
-  if (access != Access::kAtomic) {
-    for (const Touch& touch : element.atomics) check(Access::kAtomic, touch);
-  }
-  const Touch now = {block.epoch, block.self->number, block.self->time, block.self->fences,
-                     target.site};
-  if (access == Access::kRead) append(element.reads, now, memory_start);
-  if (access == Access::kAtomic) append(element.atomics, now, memory_start);
+  if (access != Access::kRead) check(Access::kRead, element.read);
+  const bool one_block = memory_start == block.start;
+  if (access == Access::kRead) add_read(element, target.site, one_block);
+  if (access == Access::kAtomic) add_atomic(element.more().atomics, target.site, one_block);
   if (access == Access::kWrite) {
-    element.write = now;
-    element.reads.clear();  // whoever comes after the write comes after them
-    element.atomics.clear();
+    element.clear();  // whoever comes after the write comes after the others
+    element.write = touch_now(target.site);
   }
 }
 
@@ -123,7 +194,7 @@ void touch_one(Access access, const Target& target) {
   if (access != Access::kWrite) block.counts->bytes_read += bytes;
   if (access != Access::kRead) block.counts->bytes_written += bytes;
   if (!target.constant) {
-    check_order(access, target, global_elements[target.address], block.launch_start);
+    check_order(access, target, global_elements.at(target.address), block.launch_start);
   }
   if (access == Access::kAtomic) publish(target.address);
 }
@@ -145,7 +216,7 @@ void touch_vector(Access access, Target target, int count, size_t align) {
     touch_one(access, target);
     ++target.index;
     target.address = static_cast<const char*>(target.address) + target.bytes;
-    if (target.element != nullptr) target.element += target.bytes;
+    if (target.element != nullptr) target.element += target.bytes / kBytesOfElement;
   }
 }
 
@@ -159,16 +230,15 @@ Dynamic dynamic_shared(size_t offset, size_t bytes, size_t align, Site site) {
     fail(site, "dynamic_shared: byte " + std::to_string(offset) + " is no multiple of " +
                    std::to_string(align));
   }
-  return {shared_memory + offset, shared_elements.data() + offset};
+  return {shared_memory + offset, shared_elements + offset / kBytesOfElement};
 }
 
 void poison_dynamic_shared() {
-  if (shared_elements.size() < block.shared) shared_elements.resize(block.shared);
   std::memset(shared_memory, 0xFF, block.shared);
 }
 
 void forget_global_memory() {
-  global_elements.clear();
+  global_elements.forget();
   published.clear();
 }
 

@@ -19,7 +19,8 @@ Block block;
 
 namespace {
 
-constexpr size_t kStack = 128 * 1024;
+constexpr size_t kStack = 132 * 1024;
+constexpr size_t kLine = 64;  // of a cache
 
 enum class Order { kAscending, kDescending, kShuffled };
 
@@ -187,19 +188,33 @@ void run_block(uint3 index) {
     thread.time = 1;
     thread.known.fill(0);
     thread.fences = thread.fences_at_barrier = 0;
-    const size_t guard = sysconf(_SC_PAGESIZE);
-    thread.fiber.start(stack_of(thread.number) + guard, kStack - guard, enter);
+    // Stacks that began at one place of a page would all want the same few lines of the cache.
+    const size_t guard = sysconf(_SC_PAGESIZE), apart = i * 5 % 61 * kLine;
+    thread.fiber.start(stack_of(thread.number) + guard, kStack - guard - apart, enter);
   }
   run_threads();
 }
 
 // All lanes of the mask wait at one place: hands each what it came for.
-void complete(Thread* warp, unsigned mask, bool orders) {
-  std::array<uint32_t, kWarp> known{};
+void complete(Thread* warp, unsigned mask) {
   unsigned ballot = 0;
   for (int lane = 0; lane < kWarp; ++lane) {
     if ((mask >> lane & 1u) == 0) continue;
     ballot |= (warp[lane].value != 0 ? 1u : 0u) << lane;
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if ((mask >> lane & 1u) == 0) continue;
+    Thread& thread = warp[lane];
+    thread.result = thread.source < 0 ? ballot : warp[thread.source].value;
+    thread.state = State::kReady;
+  }
+}
+
+// The lanes of the mask have passed __syncwarp: what each of them knew, all know.
+void order(Thread* warp, unsigned mask) {
+  std::array<uint32_t, kWarp> known{};
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if ((mask >> lane & 1u) == 0) continue;
     for (int other = 0; other < kWarp; ++other) {
       known[other] = std::max(known[other], warp[lane].known[other]);
     }
@@ -207,13 +222,29 @@ void complete(Thread* warp, unsigned mask, bool orders) {
   }
   for (int lane = 0; lane < kWarp; ++lane) {
     if ((mask >> lane & 1u) == 0) continue;
-    Thread& thread = warp[lane];
-    thread.result = thread.source < 0 ? ballot : warp[thread.source].value;
-    thread.state = State::kReady;
-    if (!orders) continue;
-    thread.known = known;
-    ++thread.time;
+    warp[lane].known = known;
+    if (++warp[lane].time == kMostTimes) fail_block("too many __syncwarp in one thread");
   }
+}
+
+// Whether every lane of the mask waits where `self` does. The search begins with the lane that was
+// missing last, so that a warp's lanes together look at each other about once.
+bool all_wait(const Thread* warp, const Thread& self) {
+  static int missing = 0;
+  const int lanes = block.lanes(self);
+  if (lanes < kWarp && self.mask >> lanes != 0) return false;
+  if (missing >= lanes) missing = 0;
+  for (int i = 0; i < lanes; ++i) {
+    const int lane = missing + i < lanes ? missing + i : missing + i - lanes;
+    if ((self.mask >> lane & 1u) == 0) continue;
+    const Thread& other = warp[lane];
+    if (other.state != State::kAtPrimitive || other.primitive != self.primitive ||
+        other.site != self.site || other.mask != self.mask) {
+      missing = lane;
+      return false;
+    }
+  }
+  return true;
 }
 
 uint64_t meet(const char* primitive, Site site, unsigned mask, uint64_t value, int source,
@@ -227,14 +258,10 @@ uint64_t meet(const char* primitive, Site site, unsigned mask, uint64_t value, i
   self.primitive = primitive, self.site = site, self.mask = mask;
   self.value = value, self.source = source;
   Thread* const warp = block.warp(self);
-  bool all = block.lanes(self) == kWarp || mask >> block.lanes(self) == 0;
-  for (int lane = 0; all && lane < block.lanes(self); ++lane) {
-    const Thread& other = warp[lane];
-    if ((mask >> lane & 1u) == 0) continue;
-    all = other.state == State::kAtPrimitive && other.primitive == primitive &&
-          other.site == site && other.mask == mask;
+  if (all_wait(warp, self)) {
+    complete(warp, mask);
+    if (orders) order(warp, mask);
   }
-  if (all) complete(warp, mask, orders);
   leave();
   return self.result;
 }
@@ -287,7 +314,9 @@ void sync_lanes(const char* primitive, Site site, unsigned mask) {
 
 int lane() { return block.self->lane(); }
 
-void fence() { ++block.self->fences; }
+void fence() {
+  if (++block.self->fences == kMostFences) fail_block("too many __threadfence in one thread");
+}
 
 uint64_t block_serial() { return block.start; }
 

@@ -82,10 +82,11 @@ __global__ void poison(Output out, Input in) {
   dynamic[0] = in[i];
 }
 
-// Every block reads the first element, which one of them overwrites.
+// Every block reads every element, of which one block overwrites the first.
 __global__ void overwritten(Output out, Input in) {
-  const float first = out[0];
-  if (blockIdx.x == 1) out[0] = first + in[0];
+  float sum = in[0];
+  for (int64_t i = 0; i < out.size; ++i) sum += out[i];
+  if (blockIdx.x == 1) out[0] = sum;
 }
 
 // The halves of a warp go separate ways, each with shuffles of its own.

@@ -62,18 +62,45 @@ enum class Access { kRead, kWrite, kAtomic };
 
 // One thread's access to an element.
 struct Touch {
-  uint64_t epoch = 0;  // counts the barriers of all blocks
-  int thread = 0;
-  uint32_t time = 0;  // counts the thread's __syncwarp
-  uint32_t fences = 0;  // counts its __threadfence
-  Site site = {nullptr, 0};
-};
+  uint64_t epoch = 0;  // counts the barriers of all blocks; of no access it is 0
+  const char* file = nullptr;
+  // The source's line; the thread, how often it had passed __syncwarp, and __threadfence.
+  uint64_t line : 16, thread : 10, time : 24, fences : 14;
 
-// Who touched an element of memory: the last write, and what came after it.
-struct Element {
-  Touch write;
-  std::vector<Touch> reads, atomics;
+  constexpr Touch() : line(0), thread(0), time(0), fences(0) {}
+  constexpr Touch(uint64_t epoch_, Site site, int thread_, uint32_t time_, uint32_t fences_)
+      : epoch(epoch_), file(site.file), line(site.line), thread(thread_), time(time_),
+        fences(fences_) {}
+  Site site() const { return {file, static_cast<int>(line)}; }
 };
+constexpr uint32_t kMostTimes = 1u << 24, kMostFences = 1u << 14;
+static_assert(kMaxThreads <= 1 << 10, "a Touch knows its thread by 10 bits");
+
+// Who touched an element of memory: the last write, and what came after it. One line of the cache,
+// for every access of every thread looks at one.
+struct alignas(64) Element {
+  struct Others {
+    std::vector<Touch> reads, atomics;
+  };
+  Touch write, read;         // the last of each
+  Others* others = nullptr;  // reads before `read`, and atomics; never freed, but used again
+
+  Others& more() {
+    if (others == nullptr) others = new Others;
+    return *others;
+  }
+  void clear_reads() {
+    read = {};
+    if (others != nullptr) others->reads.clear();
+  }
+  void clear() {
+    write = {};
+    clear_reads();
+    if (others != nullptr) others->atomics.clear();
+  }
+};
+// Of shared memory every second byte has an element: no type is smaller.
+constexpr int kBytesOfElement = 2;
 
 // An element of a view.
 struct Target {
@@ -93,7 +120,7 @@ void touch_vector(Access access, Target target, int count, size_t align);
 // Differs from block to block.
 uint64_t block_serial();
 
-// The block's dynamic shared memory from `offset` on, and an element for each of its bytes.
+// The block's dynamic shared memory from `offset` on, and its elements.
 struct Dynamic {
   void* memory;
   Element* elements;

@@ -54,12 +54,12 @@ class Reference {
   Target target_;
 };
 
-// `elements` holds one for each byte from `data` on, or is null in global memory.
+// `elements` are those from `data` on, or null in global memory.
 template <typename T>
-Target target_of(T* data, int64_t size, const Subscript& at, Element* elements) {
-  const auto byte = at.value * static_cast<int64_t>(sizeof(T));
+inline Target target_of(T* data, int64_t size, const Subscript& at, Element* elements) {
+  const auto step = static_cast<int64_t>(sizeof(T)) / kBytesOfElement;
   return {data + at.value, sizeof(T), at.value, size, at.site, std::is_const_v<T>,
-          elements == nullptr ? nullptr : elements + byte};
+          elements == nullptr ? nullptr : elements + at.value * step};
 }
 
 template <typename Vector, typename T>
@@ -108,9 +108,10 @@ struct Span {
 
 template <typename T>
 struct SharedSpan {
+  static_assert(sizeof(T) % on_host::kBytesOfElement == 0, "");
   T* data;
   int size;
-  on_host::Element* elements;  // one a byte
+  on_host::Element* elements;
 
   on_host::Reference<T> operator[](on_host::Subscript at) const {
     return {data + at.value, on_host::target_of(data, size, at, elements)};
@@ -149,7 +150,7 @@ class Shared {
 
  private:
   alignas(16) unsigned char bytes_[count * sizeof(T)];
-  on_host::Element elements_[count * sizeof(T)];
+  on_host::Element elements_[count * sizeof(T) / on_host::kBytesOfElement];
   uint64_t serial_ = 0;
 };
 
