@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rdarts_fast import kernels
 from rdarts_fast.draws import Draws
-from rdarts_fast.kernels import channel_affine, launches
+from rdarts_fast.kernels import array, channel_affine, launches
 from rdarts_fast.kernels.launches import at_once, run_waiting, scratch, together
 from rdarts_fast.networks import Supernet, softmax_weights
 
@@ -71,6 +71,13 @@ def test_what_reads_a_result_earlier_can_ask_for_it() -> None:
         last = doubled(x)
         assert last.isnan().all()
     assert (last == 2).all()
+
+
+def test_a_copy_of_what_a_launch_fills_is_made_after_it() -> None:
+    x = torch.ones(2, 3, 4, 4)
+    with together(CPU):
+        copy = array.contiguous(doubled(x)[:, 1:])
+    assert (copy == 2).all()
 
 
 def test_an_error_drops_them() -> None:

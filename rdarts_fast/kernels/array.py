@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rdarts_fast import native
-from rdarts_fast.kernels.launches import hold
+from rdarts_fast.kernels.launches import hold, run_waiting
 
 MOST_INPUTS = 64
 LEAST_KEPT = 1 << 16  # bytes of a tensor whose memory is used again
@@ -164,7 +164,10 @@ def chosen(x: Tensor, positions: Sequence[int]) -> Tensor:
 
 def contiguous(x: Tensor | None) -> Tensor | None:
     """Return x, packed in row-major order; None for None."""
-    return None if x is None else x.contiguous()
+    if x is None or x.is_contiguous():
+        return x
+    run_waiting()  # which may fill it
+    return x.contiguous()
 
 
 def flat(tensors: Sequence[Tensor | None]) -> list[int]:

@@ -234,9 +234,8 @@ def launch_node_sum(
     """Return node_sum(...), not differentiable."""
     if z[0].device.type == "meta":
         return node_sum_twin(z, scale, shift, factors, noise_of(key, weights, drawn_factors))
-    scale = scale.contiguous()
-    shift, factors, weights, drawn_factors = map(
-        array.contiguous, (shift, factors, weights, drawn_factors)
+    rows, shift, factors, weights, drawn_factors = map(
+        array.contiguous, (scale, shift, factors, weights, drawn_factors)
     )
     out = array.empty_node(z) if out is None else out
     launch(
@@ -244,7 +243,7 @@ def launch_node_sum(
         array.DTYPES[out.dtype],
         tuple(out.shape),
         array.flat((out, *z)),
-        array.address(scale),
+        array.address(rows),
         array.address(shift),
         array.address(factors),
         native_noise(key, weights, drawn_factors),
@@ -318,15 +317,14 @@ def launch_node_sums(
 
     At most two, of the shape of z. scale: [J K, C]. factors: [J K, N] or None.
     """
-    scale = scale.contiguous()
-    factors = array.contiguous(factors)
+    rows, factors = map(array.contiguous, (scale, factors))
     launch(
         "node_sums",
         array.DTYPES[z[0].dtype],
         tuple(z[0].shape),
         array.flat((*out, *z)),
         len(out),
-        array.address(scale),
+        array.address(rows),
         array.address(factors),
         native.place(z[0].device),
     )
