@@ -56,6 +56,7 @@ void centred_blocks(const T* z, const T* pivot, T* sum, T* square, int64_t size,
     const Vec<T> middle = load(pivot + block);
     Vec<T> s = load(sum + block), q = load(square + block);
     for (int64_t i = block; i < size; i += channels) {
+      __builtin_prefetch(z + i + kTile, 0, 2);
       const Vec<T> x = load(z + i) - middle;
       s += x, q += x * x;
     }
