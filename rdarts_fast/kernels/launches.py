@@ -1,9 +1,9 @@
 """Launches of native functions, which on the CPU may wait for each other.
 
-A kernel leaves the caches full of images, and the Python after it runs several times slower than it
-could. Inside `together` Python goes on at once: launches wait, and run one after the other at the
-end, as on a GPU's stream. What reads a result earlier asks for `run_waiting` first, and code of
-others' runs in `at_once`.
+A kernel leaves the caches full of images, and the Python after it runs slower than it could. Inside
+`together` Python goes on at once: launches wait, and run one after the other at the end, as on a
+GPU's stream. What reads a result earlier asks for `run_waiting` first, and code of others' runs in
+`at_once`.
 """
 
 from __future__ import annotations
