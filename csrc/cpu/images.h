@@ -13,7 +13,7 @@
 namespace rdarts {
 namespace {
 
-constexpr int64_t kTilePixels = 32;  // of output that stay in the first-level cache
+constexpr int64_t kTilePixels = 64;  // of output that stay in the first-level cache
 constexpr int64_t kMostChunks = 16;  // parts of a batch, each with gradients of the weights of its own
 
 template <typename T>

@@ -20,6 +20,12 @@ namespace {
 // their depth: all at once, they would be waited for.
 class Ahead {
  public:
+  // What some steps fetch: a line each, `step` bytes from the last.
+  struct Lines {
+    const char* at;
+    int64_t step;
+  };
+
   void add(const void* from, int64_t bytes) {
     if (count_ == kMost || bytes <= 0) return;
     const char* const begin = static_cast<const char*>(from);
@@ -28,15 +34,19 @@ class Ahead {
   }
   // What was added is fetched in so many steps.
   void spread(int64_t steps) {
-    each_ = static_cast<int>((lines_ + steps - 1) / std::max<int64_t>(1, steps));
-    if (count_ > 0) now_ = runs_[0];
+    each_ = static_cast<float>(lines_) / static_cast<float>(std::max<int64_t>(1, steps));
   }
 
-  RDARTS_METHOD void step() {
-    for (int i = 0; i < each_; ++i, now_.at += kLine) __builtin_prefetch(now_.at);
-    if (now_.at < now_.end) return;
-    if (++run_ < count_) now_ = runs_[run_];
-    else each_ = 0;
+  // The lines of the next `steps` steps, `idle` where none is left. Where steps are too few for all,
+  // some more are fetched now.
+  RDARTS_METHOD Lines take(int steps, const void* idle) {
+    if (run_ == count_) return {static_cast<const char*>(idle), 0};
+    const char* const at = runs_[run_].at;
+    const int64_t left = (runs_[run_].end - at + kLine - 1) / kLine;
+    const int64_t own = left < steps ? left : steps;
+    skip(own);
+    if (each_ > 1) fetch_now(each_ * static_cast<float>(steps) - static_cast<float>(own));
+    return {at, own == steps ? kLine : own * kLine / steps};
   }
 
  private:
@@ -45,10 +55,21 @@ class Ahead {
   struct Run {
     const char *at, *end;
   };
+
+  void skip(int64_t lines) {
+    runs_[run_].at += lines * kLine;
+    if (runs_[run_].at >= runs_[run_].end) ++run_;
+  }
+  void fetch_now(float lines) {
+    for (owed_ += lines; owed_ >= 1.0f && run_ < count_; owed_ -= 1.0f, skip(1)) {
+      __builtin_prefetch(runs_[run_].at);
+    }
+  }
+
   Run runs_[kMost];
-  Run now_ = {};
-  int count_ = 0, run_ = 0, each_ = 0;
+  int count_ = 0, run_ = 0;
   int64_t lines_ = 0;
+  float each_ = 0.0f, owed_ = 0.0f;  // lines a step, and those that steps were too few for
 };
 
 template <typename T>
@@ -102,8 +123,13 @@ RDARTS_METHOD void product_tile(const Product<T>& p, int m, int j, const Finish&
   }
   const T* b = p.b + j * p.b_block;
   const int64_t next = p.b_block;
+  Ahead::Lines lines = {reinterpret_cast<const char*>(b), 0};
+  const auto take_lines = [&](int steps) {
+    if (p.ahead) lines = p.ahead->take(steps, b);
+  };
   const auto step = [&](const auto& number) {
-    if (p.ahead) p.ahead->step();
+    __builtin_prefetch(lines.at);
+    lines.at += lines.step;
     Vec<T> row[wide];
     RDARTS_UNROLL
     for (int i = 0; i < wide; ++i) row[i] = load(b + i * next);
@@ -119,13 +145,18 @@ RDARTS_METHOD void product_tile(const Product<T>& p, int m, int j, const Finish&
     // m is a multiple of `rows`, so that no tile begins in one block and ends in the next but where
     // it has whole blocks.
     const T* const a = p.a + m / L * p.a_block + m % L;
-    for (int64_t k = 0; k < p.depth; ++k) {
-      step([&](int r) { return a[r / L * p.a_block + r % L + k * L]; });
+    for (int begin = 0; begin < p.depth; begin += L) {
+      const int end = p.depth - begin < L ? p.depth : begin + L;
+      take_lines(end - begin);
+      for (int64_t k = begin; k < end; ++k) {
+        step([&](int r) { return a[r / L * p.a_block + r % L + k * L]; });
+      }
     }
   } else {
     const T* block = p.a + m * L;
     for (int begin = 0; begin < p.depth; begin += L, block += p.a_block) {
       const int end = p.depth - begin < L ? p.depth - begin : L;
+      take_lines(end);
       for (int k = 0; k < end; ++k) step([&](int r) { return block[r * L + k]; });
     }
   }
@@ -150,10 +181,17 @@ void product_columns(const Product<T>& p, int j, const Finish& finish) {
   if (m + 1 <= p.rows) product_tile<1, wide, transposed>(p, m, j, finish);
 }
 
-// Steps of a product, about.
+// Tiles of product_columns, and steps of a product.
+template <int wide, bool transposed>
+int64_t tiles_of(int64_t rows) {
+  constexpr int most = kMostRows<wide, transposed>;
+  const int64_t rest = rows % most;
+  return rows / most + (rest >> 3) + (rest >> 2 & 1) + (rest >> 1 & 1) + (rest & 1);
+}
 template <bool transposed>
 int64_t steps_of(int64_t rows, int64_t depth, int64_t blocks) {
-  return (rows / kMostRows<2, transposed> + 1) * ((blocks + 1) / 2) * depth;
+  return (blocks / 2 * tiles_of<2, transposed>(rows) + blocks % 2 * tiles_of<1, transposed>(rows)) *
+         depth;
 }
 
 template <bool transposed, typename T, typename Finish>

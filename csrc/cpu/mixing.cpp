@@ -171,13 +171,25 @@ void fill_tile(const Mixing& m, const Sizes& g, const Memory<T>& memory, int64_t
   }
 }
 
-// Lets what the tile after this one reads of the tensors be fetched.
+// The first row of z of a tile, and its sample.
+struct Spot {
+  int64_t n, row;
+};
+
+// The tile after this one, which mostly is the thread's next.
+inline Spot after(const Sizes& g, const Spot& at) {
+  if (at.row + g.tile_rows < g.out_height) return {at.n, at.row + g.tile_rows};
+  return {at.n + 1, 0};
+}
+
+// Lets a tile's rows of the tensors be fetched, of which `stride` make one of z.
 template <typename T>
-void fetch_rows(const Array* tensors, int count, int64_t n, int64_t row, int64_t rows,
+void fetch_rows(const Array* tensors, int count, const Sizes& g, const Spot& at, int64_t stride,
                 Ahead& ahead) {
+  if (at.n == g.samples) return;
   for (int i = 0; i < count; ++i) {
-    const int64_t height = tensors[i].shape[2];
-    if (row < height) Pixels<T>(tensors[i], n).fetch(ahead, row, std::min(rows, height - row));
+    const int64_t row = stride * at.row, rows = stride * g.tile_rows;
+    Pixels<T>(tensors[i], at.n).fetch(ahead, row, std::min(rows, tensors[i].shape[2] - row));
   }
 }
 
@@ -192,7 +204,7 @@ void forward_sample(const MixingForward& a, const Sizes& g, const Memory<T>& mem
     const int64_t rows = std::min(g.tile_rows, g.out_height - first);
     const int pixels = static_cast<int>(rows * g.out_width);
     Ahead ahead;
-    fetch_rows<T>(m.x, m.sources, n, m.stride * (first + rows), m.stride * rows, ahead);
+    fetch_rows<T>(m.x, m.sources, g, after(g, {n, first}), m.stride, ahead);
     int64_t steps = 0;
     for (const Half<T>& half : memory.operands->halves) {
       steps += steps_of<false>(pixels, g.depth, half.blocks);
@@ -212,7 +224,7 @@ void forward_sample(const MixingForward& a, const Sizes& g, const Memory<T>& mem
       T* const square = memory.square + own_sums;
       if (first == 0) take_pivot(p, pivot, half.channels, at + 2 * g.out_channels);
       p.ahead = &ahead;
-      multiply<false>(p, Summed<T>{pivot, sum, square, half.channels});
+      multiply<false>(p, Summed<T>{pivot, sum, square, half.channels, g.tile() * g.out_channels});
       drain(sum, half.channels, at);
       drain(square, half.channels, at + g.out_channels);
     }
@@ -288,9 +300,14 @@ void backward_sample(const MixingBackward& a, const Sizes& g, const Memory<T>& m
     const int64_t rows = std::min(g.tile_rows, g.out_height - first);
     const int pixels = static_cast<int>(rows * g.out_width);
     Ahead ahead;
-    fetch_rows<T>(m.x, m.sources, n, m.stride * (first + rows), m.stride * rows, ahead);
-    fetch_rows<T>(a.g, m.edges, n, first + rows, rows, ahead);
-    if (a.by_z) fetch_rows<T>(a.z, m.edges, n, first + rows, rows, ahead);
+    const Spot next = after(g, {n, first});
+    fetch_rows<T>(m.x, m.sources, g, next, m.stride, ahead);
+    fetch_rows<T>(a.g, m.edges, g, next, 1, ahead);
+    if (a.by_z) fetch_rows<T>(a.z, m.edges, g, next, 1, ahead);
+    for (int s = 0; s < m.sources; ++s) {
+      const bool read = a.adds[s] || m.stride > 1;
+      if (a.dv[s].data && read) fetch_rows<T>(&a.dv[s], 1, g, {n, first}, m.stride, ahead);
+    }
     int64_t steps = 0;
     for (const Half<T>& half : memory.operands->halves) {
       steps += steps_of<false>(pixels, half.channels, g.depth / L);

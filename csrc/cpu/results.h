@@ -13,13 +13,15 @@ const T* row_of(const void* table, int64_t row, int64_t size) {
   return static_cast<const T*>(table) + row * size;
 }
 
-// Stores rows of z and adds them, less the pivot, to sums in the array's type.
+// Stores rows of z and adds them, less the pivot, to sums in the array's type. What is stored in the
+// cache would wait for the old contents: those of the next tile's rows are fetched.
 template <typename T>
 struct Summed {
   const T* pivot;  // [blocks, L] each
   T* sum;
   T* square;
   int64_t channels;
+  int64_t tile;  // numbers from a tile's rows to those of the next
   bool past_cache = false;  // then every vector of z is aligned
 
   template <int rows, int wide, typename>
@@ -43,7 +45,10 @@ struct Summed {
         for (int r = 0; r < rows; ++r) store_past_cache<T>(c + offset[r], value[r][i]);
       } else if (channels - at >= L) {
         RDARTS_UNROLL
-        for (int r = 0; r < rows; ++r) store<T>(c + offset[r], value[r][i]);
+        for (int r = 0; r < rows; ++r) {
+          __builtin_prefetch(c + offset[r] + tile, 1);
+          store<T>(c + offset[r], value[r][i]);
+        }
       } else {
         RDARTS_UNROLL
         for (int r = 0; r < rows; ++r) store_part<T>(c + offset[r], value[r][i], channels - at);

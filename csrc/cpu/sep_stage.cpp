@@ -162,12 +162,26 @@ struct ForwardMemory {
   }
 };
 
+// A sample of an edge.
+struct Spot {
+  int e;
+  int64_t n;
+};
+
+// The one after it, which its thread mostly takes next: of a chunk [from, to) of samples edge by edge,
+// then of the next chunk. After the last one, itself.
+inline Spot after(const Spot& at, int edges, int64_t from, int64_t to, int64_t samples) {
+  if (at.n + 1 < to) return {at.e, at.n + 1};
+  if (at.e + 1 < edges) return {at.e + 1, from};
+  return to < samples ? Spot{0, to} : at;
+}
+
 // One sample of one edge whose image is filled; sums: [3, O] of this sample. next: what the image of
-// the one after it is filled from, or null.
+// the one after it is filled from.
 template <typename T>
 void forward_sample(const Depthwise<T>& kernel, const Sizes& g, const Edge<T>& edge,
                     const ForwardMemory<T>& m, const Array& z, int64_t n, const int* offset,
-                    double* sums, const Pixels<T>* next, bool read_soon) {
+                    double* sums, const Pixels<T>& next, bool read_soon) {
   constexpr int L = kVector<T>;
   const Result<T> result(z, n);
   std::fill_n(sums, 2 * g.out_channels, 0.0);
@@ -175,14 +189,14 @@ void forward_sample(const Depthwise<T>& kernel, const Sizes& g, const Edge<T>& e
     const int64_t rows = std::min(g.tile_rows, g.out_height - first);
     const int pixels = static_cast<int>(rows * g.out_width);
     Ahead ahead;
-    if (next) next->fetch(ahead, first * g.stride, rows_of(g, first, rows));
+    next.fetch(ahead, first * g.stride, rows_of(g, first, rows));
     ahead.spread(steps_of<false>(pixels, g.channels, g.out));
     convolve_rows(kernel, m.image, g, edge.taps, first, rows, m.d);
     Product<T> p = {m.d, g.tile() * L, edge.matrix, g.channels * L, result.pixel(first, 0), L, offset,
                     pixels, static_cast<int>(g.channels), g.out};
     if (first == 0) take_pivot(p, m.pivot, g.out_channels, sums + 2 * g.out_channels);
     p.ahead = &ahead;
-    multiply<false>(p, Summed<T>{m.pivot, m.sum, m.square, g.out_channels,
+    multiply<false>(p, Summed<T>{m.pivot, m.sum, m.square, g.out_channels, g.tile() * g.out_channels,
                                  !read_soon && result.aligned()});
     drain(m.sum, g.out_channels, sums);
     drain(m.square, g.out_channels, sums + g.out_channels);
@@ -217,9 +231,9 @@ void forward_of(const StageForward& a, int threads) {
         if (s.gate) fill_gated(x, Pixels<T>(*s.gate, n), g, scale, edge.by_gate, edge.shift, m.image);
         else fill_image(x, g, scale, edge.shift, m.image);
         double* const sums = a.workspace + (n * s.edges + e) * own;
-        const Pixels<T> next(s.x[e], n + 1);
-        const Pixels<T>* const ahead = n + 1 < to ? &next : nullptr;
-        forward_sample(kernel, g, edge, m, a.z[e], n, offset.data(), sums, ahead, a.read_soon);
+        const Spot next = after({e, n}, s.edges, from, to, g.samples);
+        forward_sample(kernel, g, edge, m, a.z[e], n, offset.data(), sums,
+                       Pixels<T>(s.x[next.e], next.n), a.read_soon);
       }
     }
     finish_stores();
@@ -261,27 +275,25 @@ struct Offsets {
 
 // What the tile after this one reads, of x that of the next sample, and where this one's dv goes.
 template <typename T>
-void fetch_next(const StageBackward& a, const Sizes& g, int e, int64_t n, int64_t first,
-                int64_t rows, bool last, Ahead& ahead) {
+void fetch_next(const StageBackward& a, const Sizes& g, const Spot& at, const Spot& next,
+                int64_t first, int64_t rows, Ahead& ahead) {
   const int64_t own = rows_of(g, first, rows), row = first * g.stride;
   const bool within = first + rows < g.out_height;
-  if (within || !last) {
-    const int64_t sample = within ? n : n + 1, next = within ? first + rows : 0;
-    const int64_t count = std::min(g.tile_rows, g.out_height - next);
-    Pixels<T>(a.g[e], sample).fetch(ahead, next, count);
-    if (a.by_z) Pixels<T>(a.z[e], sample).fetch(ahead, next, count);
-  }
-  if (!last) Pixels<T>(a.stage.x[e], n + 1).fetch(ahead, row, own);
-  if (a.dv[e].data) Pixels<T>(a.dv[e], n).fetch(ahead, row, own);
+  const Spot& then = within ? at : next;
+  const int64_t from = within ? first + rows : 0, count = std::min(g.tile_rows, g.out_height - from);
+  Pixels<T>(a.g[then.e], then.n).fetch(ahead, from, count);
+  if (a.by_z) Pixels<T>(a.z[then.e], then.n).fetch(ahead, from, count);
+  Pixels<T>(a.stage.x[next.e], next.n).fetch(ahead, row, own);
+  if (a.dv[at.e].data) Pixels<T>(a.dv[at.e], at.n).fetch(ahead, row, own);
 }
 
 // The gradient of d of a sample, and what the weights get of it.
 template <typename T>
 void through_pointwise(const StageBackward& a, const Depthwise<T>& kernel, const Sizes& g,
-                       const Edge<T>& edge, const BackwardMemory<T>& m, int e, int64_t n, bool last,
-                       const Offsets& offset,
-                       const WeightSums<T>* weights) {
+                       const Edge<T>& edge, const BackwardMemory<T>& m, const Spot& at,
+                       const Spot& next, const Offsets& offset, const WeightSums<T>* weights) {
   constexpr int L = kVector<T>;
+  const auto [e, n] = at;
   const int channels = static_cast<int>(g.channels), out = static_cast<int>(g.out_channels);
   const Pixels<T> gradient(a.g[e], n), z(a.by_z ? a.z[e] : a.g[e], n);
   const T factor = factor_at<T>(a.factors, e * g.samples + n);
@@ -289,7 +301,7 @@ void through_pointwise(const StageBackward& a, const Depthwise<T>& kernel, const
     const int64_t rows = std::min(g.tile_rows, g.out_height - first);
     const int pixels = static_cast<int>(rows * g.out_width);
     Ahead ahead;
-    fetch_next<T>(a, g, e, n, first, rows, last, ahead);
+    fetch_next<T>(a, g, at, next, first, rows, ahead);
     ahead.spread(steps_of<false>(pixels, out, g.in) +
                  (weights ? steps_of<true>(channels, pixels, g.out) : 0));
     gradient_rows(gradient, a.by_z ? &z : nullptr, edge.map, factor, first, rows, g.out_width,
@@ -305,9 +317,9 @@ void through_pointwise(const StageBackward& a, const Depthwise<T>& kernel, const
                               offset.channel.data(), channels, pixels, g.out, &ahead},
                    Add{});
     for (int v = 0; v < g.in; ++v) {
-      const int64_t at = v * g.padded_pixels + first * g.stride * g.padded_width;
+      const int64_t in_at = v * g.padded_pixels + first * g.stride * g.padded_width;
       const int64_t out_at = (first + g.out_pad) * g.out_padded_width + g.out_pad;
-      kernel.gradient(m.image + at * L, g.padded_width,
+      kernel.gradient(m.image + in_at * L, g.padded_width,
                       m.out + (v * g.out_padded_pixels + out_at) * L, g.out_padded_width, rows,
                       g.out_width, weights->taps + v * g.taps * L);
     }
@@ -464,8 +476,8 @@ void backward_of(const StageBackward& a, int threads) {
         double* const own_sums = a.sums ? partial_sums + (n * s.edges + e) * sums : nullptr;
         if (own_sums) std::fill_n(own_sums, sums, 0.0);
         fill_image(Pixels<T>(s.x[e], n), g, s.scale ? edge.scale : nullptr, edge.shift, m.image);
-        through_pointwise(a, kernel, g, edge, m, e, n, n + 1 == to, offset,
-                          a.ddepthwise ? &weights : nullptr);
+        through_pointwise(a, kernel, g, edge, m, {e, n}, after({e, n}, s.edges, from, to, g.samples),
+                          offset, a.ddepthwise ? &weights : nullptr);
         if (a.dv[e].data || own_sums) through_depthwise(a, kernel, g, edge, m, e, n, own_sums);
       }
     }
