@@ -1,7 +1,7 @@
 // Depthwise convolutions on images in blocks of L channels, some rows of a block at a time:
 //   forward    out[r, c] = sum_t taps[t] * image[r, c + t]
 //   gradient   taps[t] += sum_rc out[r, c] * image[r, c + t]
-//   scattered  image[c + t] += taps[t] * out[c], a row
+//   transposed image[r, c] = sum_t taps[t] * out[(r - t) / 2, (c - t) / 2] where these are whole
 // `image` points to the first row's first pixel under tap 0; a step from row to row is `width` pixels.
 #pragma once
 
@@ -11,82 +11,139 @@
 namespace rdarts {
 namespace {
 
+// `count` pixels of a row from `from` on; a vector of the image serves all that it is under.
+template <int K, int D, int S, int count, typename T>
+RDARTS_METHOD void convolve_pixels(const T* from, int64_t row, const T* taps, T* out) {
+  constexpr int L = kVector<T>, reach = (K - 1) * D + (count - 1) * S + 1;
+  Vec<T> sum[count];
+  RDARTS_UNROLL
+  for (int q = 0; q < count; ++q) sum[q] = Vec<T>{};
+  RDARTS_UNROLL
+  for (int y = 0; y < K; ++y) {
+    Vec<T> tap[K];
+    RDARTS_UNROLL
+    for (int x = 0; x < K; ++x) tap[x] = load(taps + (y * K + x) * L);
+    RDARTS_UNROLL
+    for (int i = 0; i < reach; ++i) {
+      Vec<T> pixel = load(from + y * row + i * L);
+      keep(pixel);
+      RDARTS_UNROLL
+      for (int q = 0; q < count; ++q) {
+        const int at = i - q * S;
+        if (at >= 0 && at % D == 0 && at / D < K) sum[q] += tap[at / D] * pixel;
+      }
+    }
+  }
+  RDARTS_UNROLL
+  for (int q = 0; q < count; ++q) store<T>(out + q * L, sum[q]);
+}
+
 // out: [rows, columns, L]
 template <int K, int D, int S, typename T>
 void convolve(const T* image, int64_t width, const T* taps, int64_t rows, int64_t columns, T* out) {
-  constexpr int L = kVector<T>, together = 4;
+  constexpr int L = kVector<T>, together = K == 3 ? 4 : 8;  // sums that do not wait for each other
   const int64_t row = width * L * D;
-  Vec<T> tap[K * K];  // in registers where there are enough
-  RDARTS_UNROLL
-  for (int t = 0; t < K * K; ++t) tap[t] = load(taps + t * L);
   for (int64_t r = 0; r < rows; ++r, image += S * width * L, out += columns * L) {
     int64_t column = 0;
     for (; column + together <= columns; column += together) {
-      const T* const from = image + column * S * L;
-      Vec<T> sum[together];
-      RDARTS_UNROLL
-      for (int q = 0; q < together; ++q) sum[q] = Vec<T>{};
-      RDARTS_UNROLL
-      for (int y = 0; y < K; ++y) {
-        RDARTS_UNROLL
-        for (int x = 0; x < K; ++x) {
-          RDARTS_UNROLL
-          for (int q = 0; q < together; ++q) {
-            sum[q] += tap[y * K + x] * load(from + y * row + (x * D + q * S) * L);
-          }
-        }
-      }
-      RDARTS_UNROLL
-      for (int q = 0; q < together; ++q) store<T>(out + (column + q) * L, sum[q]);
+      convolve_pixels<K, D, S, together>(image + column * S * L, row, taps, out + column * L);
     }
     for (; column < columns; ++column) {
-      const T* const from = image + column * S * L;
-      Vec<T> sum = {};
-      for (int y = 0; y < K; ++y) {
-        RDARTS_UNROLL
-        for (int x = 0; x < K; ++x) sum += tap[y * K + x] * load(from + y * row + x * D * L);
-      }
-      store<T>(out + column * L, sum);
+      convolve_pixels<K, D, S, 1>(image + column * S * L, row, taps, out + column * L);
     }
   }
+}
+
+// `lines` lines of taps at once, from line y on.
+template <int K, int D, int S, int lines, typename T>
+RDARTS_METHOD void gradient_lines(const T* image, int64_t width, const T* out, int64_t out_width,
+                                  int64_t rows, int64_t columns, int y, T* taps) {
+  constexpr int L = kVector<T>;
+  Vec<T> sum[lines * K];
+  RDARTS_UNROLL
+  for (int t = 0; t < lines * K; ++t) sum[t] = load(taps + (y * K + t) * L);
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* const line = image + (row * S + y * D) * width * L;
+    for (int64_t column = 0; column < columns; ++column) {
+      const T* const from = line + column * S * L;
+      const Vec<T> g = load(out + (row * out_width + column) * L);
+      RDARTS_UNROLL
+      for (int t = 0; t < lines * K; ++t) {
+        sum[t] += g * load(from + (t / K * width * D + t % K * D) * L);
+      }
+    }
+  }
+  RDARTS_UNROLL
+  for (int t = 0; t < lines * K; ++t) store(taps + (y * K + t) * L, sum[t]);
 }
 
 // out: rows of `columns` pixels, `out_width` apart
 template <int K, int D, int S, typename T>
 void gradient(const T* image, int64_t width, const T* out, int64_t out_width, int64_t rows,
               int64_t columns, T* taps) {
-  constexpr int L = kVector<T>, lines = K == 3 ? 3 : 1;  // of taps at once, as registers allow
-  RDARTS_UNROLL
-  for (int y = 0; y < K; y += lines) {
-    Vec<T> sum[lines * K];
-    RDARTS_UNROLL
-    for (int t = 0; t < lines * K; ++t) sum[t] = load(taps + (y * K + t) * L);
-    for (int64_t row = 0; row < rows; ++row) {
-      const T* const line = image + (row * S + y * D) * width * L;
-      for (int64_t column = 0; column < columns; ++column) {
-        const T* const from = line + column * S * L;
-        const Vec<T> g = load(out + (row * out_width + column) * L);
-        RDARTS_UNROLL
-        for (int t = 0; t < lines * K; ++t) {
-          sum[t] += g * load(from + (t / K * width * D + t % K * D) * L);
-        }
-      }
-    }
-    RDARTS_UNROLL
-    for (int t = 0; t < lines * K; ++t) store(taps + (y * K + t) * L, sum[t]);
+  constexpr int most = (kWideBytes < 64 ? 9 : 15) / K;  // lines, as registers allow
+  constexpr int lines = most < K ? most : K;
+  int y = 0;
+  for (; y + lines <= K; y += lines) {
+    gradient_lines<K, D, S, lines>(image, width, out, out_width, rows, columns, y, taps);
+  }
+  if constexpr (K % lines > 0) {
+    gradient_lines<K, D, S, K % lines>(image, width, out, out_width, rows, columns, y, taps);
   }
 }
 
-template <int K, int D, int S, typename T>
-void scatter_row(T* image, int64_t width, const T* taps, const T* out, int64_t columns) {
-  constexpr int L = kVector<T>;
-  for (int t = 0; t < K * K; ++t) {
-    const Vec<T> tap = load(taps + t * L);
-    T* const to = image + (t / K * width * D + t % K * D) * L;
-    for (int64_t column = 0; column < columns; ++column) {
-      T* const pixel = to + column * S * L;
-      store<T>(pixel, load(pixel) + tap * load(out + column * L));
+// `count` pixels of a row of transposed(), every other one, the first under `out` and tap `first`.
+template <int K, int D, int first, int count, typename T>
+RDARTS_METHOD void transposed_pixels(const T* out, int64_t out_width, const T* taps, int64_t row,
+                                     T* to) {
+  constexpr int L = kVector<T>, step = D == 1 ? 2 : 1;
+  Vec<T> sum[count];
+  RDARTS_UNROLL
+  for (int q = 0; q < count; ++q) sum[q] = Vec<T>{};
+  for (int64_t y = D == 1 ? row % 2 : 0; y < K; y += step) {
+    const T* const line = out + (row - y * D) / 2 * out_width * L;
+    RDARTS_UNROLL
+    for (int x = first; x < K; x += step) {
+      const Vec<T> tap = load(taps + (y * K + x) * L);
+      RDARTS_UNROLL
+      for (int q = 0; q < count; ++q) {
+        sum[q] += tap * load(line + (q - (x - first) / step) * L);
+      }
     }
+  }
+  RDARTS_UNROLL
+  for (int q = 0; q < count; ++q) store<T>(to + 2 * q * L, sum[q]);
+}
+
+// The pixels start, start + 2, ... of a row of transposed().
+template <int K, int D, int start, typename T>
+void transposed_row(const T* out, int64_t out_width, const T* taps, int64_t row, int64_t columns,
+                    T* to) {
+  constexpr int L = kVector<T>, together = 4;
+  constexpr int pad = D * (K / 2), first = (start + pad) % 2;
+  if (D == 2 && (first > 0 || row % 2 > 0)) {  // under no tap
+    for (int64_t column = start; column < columns; column += 2) store<T>(to + column * L, Vec<T>{});
+    return;
+  }
+  const T* from = out + (start + pad - first) / 2 * L;
+  int64_t column = start;
+  for (; column + 2 * together - 2 < columns; column += 2 * together, from += together * L) {
+    transposed_pixels<K, D, first, together>(from, out_width, taps, row, to + column * L);
+  }
+  for (; column < columns; column += 2, from += L) {
+    transposed_pixels<K, D, first, 1>(from, out_width, taps, row, to + column * L);
+  }
+}
+
+// The gradient of `rows` rows of an image below a convolution of stride 2, inside of its padding, from
+// row `first` on; to: [rows, columns, L]. out: its pixel 0, with a border of half the padding.
+template <int K, int D, typename T>
+void transposed(const T* out, int64_t out_width, const T* taps, int64_t first, int64_t rows,
+                int64_t columns, T* to) {
+  constexpr int L = kVector<T>, pad = D * (K / 2);
+  for (int64_t row = first + pad; row < first + pad + rows; ++row, to += columns * L) {
+    transposed_row<K, D, 0>(out, out_width, taps, row, columns, to);
+    transposed_row<K, D, 1>(out, out_width, taps, row, columns, to);
   }
 }
 
@@ -97,7 +154,8 @@ struct Depthwise {
                    T* out);
   void (*gradient)(const T* image, int64_t width, const T* out, int64_t out_width, int64_t rows,
                    int64_t columns, T* taps);
-  void (*scatter)(T* image, int64_t width, const T* taps, const T* out, int64_t columns);  // at 2
+  void (*transposed)(const T* out, int64_t out_width, const T* taps, int64_t first, int64_t rows,
+                     int64_t columns, T* to);  // at stride 2
 };
 
 template <typename T, int K, int D>
@@ -105,7 +163,7 @@ Depthwise<T> depthwise_of(int stride) {
   if (stride == 1) {
     return {convolve<K, D, 1, T>, gradient<K, D, 1, T>, nullptr};
   }
-  return {convolve<K, D, 2, T>, gradient<K, D, 2, T>, scatter_row<K, D, 2, T>};
+  return {convolve<K, D, 2, T>, gradient<K, D, 2, T>, transposed<K, D, T>};
 }
 
 template <typename T>

@@ -38,7 +38,7 @@ Sizes sizes_of(const Stage& s, const Array& z) {
   g.pad = s.dilation * (s.kernel / 2);
   g.padded_width = g.width + 2 * g.pad;
   g.padded_pixels = g.padded_width * (g.height + 2 * g.pad);
-  g.out_pad = s.stride == 1 ? g.pad : 0;
+  g.out_pad = s.stride == 1 ? g.pad : (g.pad + 1) / 2;
   g.out_padded_width = g.out_width + 2 * g.out_pad;
   g.out_padded_pixels = g.out_padded_width * (g.out_height + 2 * g.out_pad);
   g.tile_rows = tile_rows_of(g.out_height, g.out_width);
@@ -244,14 +244,13 @@ void forward_of(const StageForward& a, int threads) {
 template <typename T>
 struct BackwardMemory {
   T *image, *out, *d, *dz;
-  T* dimage;  // the gradient of a block of the image, at stride 2
 
   BackwardMemory(const Sizes& g, Parts<T>& parts) {
     constexpr int64_t L = kVector<T>;
     image = parts.take(g.in * g.padded_pixels * L);
-    dimage = parts.take(g.stride == 2 ? g.padded_pixels * L : 0);
     out = parts.take(g.in * g.out_padded_pixels * L);
-    d = parts.take(g.in * g.tile() * L), dz = parts.take(g.out * g.tile() * L);
+    d = parts.take(std::max(g.in * g.tile(), g.tile_rows * g.width) * L);
+    dz = parts.take(g.out * g.tile() * L);
   }
 
   void clear(const Sizes& g) const {
@@ -326,23 +325,12 @@ void through_pointwise(const StageBackward& a, const Depthwise<T>& kernel, const
   }
 }
 
-// dimage = the gradient of a block of the image, at stride 2.
-template <typename T>
-void scatter_block(const Depthwise<T>& kernel, const Sizes& g, const T* taps, const T* out,
-                   const BackwardMemory<T>& m) {
-  constexpr int L = kVector<T>;
-  std::fill_n(m.dimage, g.padded_pixels * L, T(0));
-  for (int64_t row = 0; row < g.out_height; ++row) {
-    kernel.scatter(m.dimage + row * 2 * g.padded_width * L, g.padded_width, taps,
-                   out + row * g.out_width * L, g.out_width);
-  }
-}
-
 // Some rows of a block of dv: where relu's result y was not 0, the gradient of the image `dimage`.
 template <typename T>
 struct Passed {
-  const T *dimage, *y;
-  int64_t dimage_width, y_width;  // pixels from row to row
+  const T* dimage;  // [rows, columns, L]
+  const T* y;
+  int64_t y_width;  // pixels from row to row
   int64_t rows, columns, channels;
   T* dv;  // [rows, columns, channels]; null: not wanted
   int64_t count;  // channels of the block
@@ -353,7 +341,7 @@ struct Passed {
     constexpr int L = kVector<T>;
     Vec<T> sum = {}, product = {};
     for (int64_t row = 0; row < rows; ++row) {
-      const T *const from = dimage + row * dimage_width * L, *const gate = y + row * y_width * L;
+      const T *const from = dimage + row * columns * L, *const gate = y + row * y_width * L;
       T* to = dv + row * columns * channels;
       for (int64_t column = 0; column < columns; ++column, to += channels) {
         const Vec<T> passed = load(gate + column * L);
@@ -377,19 +365,20 @@ void through_depthwise(const StageBackward& a, const Depthwise<T>& kernel, const
   const bool wanted = a.dv[e].data, adds = a.adds[e];
   for (int v = 0; v < g.in; ++v) {
     const T* const out = m.out + v * g.out_padded_pixels * L;
-    if (g.stride == 2) scatter_block(kernel, g, edge.taps + v * g.taps * L, out, m);
+    const T* const inner = out + (g.out_pad * g.out_padded_width + g.out_pad) * L;
+    const T* const y = m.image + (v * g.padded_pixels + g.pad * g.padded_width + g.pad) * L;
     for (int64_t first = 0; first < g.height; first += g.tile_rows) {
       const int64_t rows = std::min(g.tile_rows, g.height - first);
-      const int64_t at = ((first + g.pad) * g.padded_width + g.pad) * L;
-      Passed<T> p = {m.dimage + at, m.image + v * g.padded_pixels * L + at, g.padded_width,
-                     g.padded_width, rows, g.width, g.channels, nullptr,
-                     std::min<int64_t>(L, g.channels - v * L)};
-      if (wanted) p.dv = Result<T>(a.dv[e], n).pixel(first, 0) + v * L;
       if (g.stride == 1) {
         kernel.convolve(out + first * g.out_padded_width * L, g.out_padded_width,
                         edge.turned + v * g.taps * L, rows, g.width, m.d);
-        p.dimage = m.d, p.dimage_width = g.width;
+      } else {
+        kernel.transposed(inner, g.out_padded_width, edge.taps + v * g.taps * L, first, rows, g.width,
+                          m.d);
       }
+      Passed<T> p = {m.d, y + first * g.padded_width * L, g.padded_width, rows, g.width, g.channels,
+                     nullptr, std::min<int64_t>(L, g.channels - v * L)};
+      if (wanted) p.dv = Result<T>(a.dv[e], n).pixel(first, 0) + v * L;
       const auto [sum, product] = !wanted ? p.template take<false, false>()
                                   : adds  ? p.template take<true, true>()
                                           : p.template take<true, false>();

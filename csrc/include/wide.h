@@ -32,6 +32,17 @@ RDARTS_BODY void store_wide_past_cache(void* to, const void* from) {
 #endif
 }
 
+// Keeps a loaded vector in a register: a compiler that loads it anew at every use makes the loads, not
+// the arithmetic, the limit.
+template <typename Vector>
+RDARTS_BODY void keep(Vector& vector) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(vector));
+#elif defined(__SSE2__)
+  asm("" : "+x"(vector));
+#endif
+}
+
 // Lets other threads see what was stored past the cache.
 RDARTS_BODY void finish_stores() {
 #ifdef __SSE2__
