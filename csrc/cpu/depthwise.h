@@ -1,8 +1,9 @@
 // Depthwise convolutions on images in blocks of L channels, some rows of a block at a time:
-//   forward    out[r, c] = sum_t taps[t] * image[r, c + t]
-//   gradient   taps[t] += sum_rc out[r, c] * image[r, c + t]
-//   transposed image[r, c] = sum_t taps[t] * out[(r - t) / 2, (c - t) / 2] where these are whole
-// `image` points to the first row's first pixel under tap 0; a step from row to row is `width` pixels.
+//   forward    out[r, c] = sum_yx taps[y, x] * image[S r + D y, S c + D x]
+//   gradient   taps[y, x] += sum_rc out[r, c] * image[S r + D y, S c + D x]
+//   transposed image[r, c] = sum_yx taps[y, x] * out[(r - D y) / 2, (c - D x) / 2] where these are whole
+// r, c count from the corner of the padding. `image` points to the first row's first pixel under tap 0,
+// a step from row to row is `width` pixels; for transposed, `out` points to its own pixel 0.
 #pragma once
 
 #include "matmul.h"
@@ -11,9 +12,10 @@
 namespace rdarts {
 namespace {
 
-// `count` pixels of a row from `from` on; a vector of the image serves all that it is under.
+// `count` pixels of a row from `from` on, lines of taps `line` numbers apart; a pixel of the image is
+// loaded once for all results that it enters.
 template <int K, int D, int S, int count, typename T>
-RDARTS_METHOD void convolve_pixels(const T* from, int64_t row, const T* taps, T* out) {
+RDARTS_METHOD void convolve_pixels(const T* from, int64_t line, const T* taps, T* out) {
   constexpr int L = kVector<T>, reach = (K - 1) * D + (count - 1) * S + 1;
   Vec<T> sum[count];
   RDARTS_UNROLL
@@ -25,7 +27,7 @@ RDARTS_METHOD void convolve_pixels(const T* from, int64_t row, const T* taps, T*
     for (int x = 0; x < K; ++x) tap[x] = load(taps + (y * K + x) * L);
     RDARTS_UNROLL
     for (int i = 0; i < reach; ++i) {
-      Vec<T> pixel = load(from + y * row + i * L);
+      Vec<T> pixel = load(from + y * line + i * L);
       keep(pixel);
       RDARTS_UNROLL
       for (int q = 0; q < count; ++q) {
@@ -41,15 +43,20 @@ RDARTS_METHOD void convolve_pixels(const T* from, int64_t row, const T* taps, T*
 // out: [rows, columns, L]
 template <int K, int D, int S, typename T>
 void convolve(const T* image, int64_t width, const T* taps, int64_t rows, int64_t columns, T* out) {
-  constexpr int L = kVector<T>, together = K == 3 ? 4 : 8;  // sums that do not wait for each other
-  const int64_t row = width * L * D;
+  constexpr int L = kVector<T>;
+  const int64_t line = width * L * D;
   for (int64_t r = 0; r < rows; ++r, image += S * width * L, out += columns * L) {
     int64_t column = 0;
-    for (; column + together <= columns; column += together) {
-      convolve_pixels<K, D, S, together>(image + column * S * L, row, taps, out + column * L);
+    if constexpr (K > 3) {  // four sums of so many terms would wait for each other
+      for (; column + 8 <= columns; column += 8) {
+        convolve_pixels<K, D, S, 8>(image + column * S * L, line, taps, out + column * L);
+      }
+    }
+    for (; column + 4 <= columns; column += 4) {
+      convolve_pixels<K, D, S, 4>(image + column * S * L, line, taps, out + column * L);
     }
     for (; column < columns; ++column) {
-      convolve_pixels<K, D, S, 1>(image + column * S * L, row, taps, out + column * L);
+      convolve_pixels<K, D, S, 1>(image + column * S * L, line, taps, out + column * L);
     }
   }
 }
@@ -81,7 +88,7 @@ RDARTS_METHOD void gradient_lines(const T* image, int64_t width, const T* out, i
 template <int K, int D, int S, typename T>
 void gradient(const T* image, int64_t width, const T* out, int64_t out_width, int64_t rows,
               int64_t columns, T* taps) {
-  constexpr int most = (kWideBytes < 64 ? 9 : 15) / K;  // lines, as registers allow
+  constexpr int most = (kWideBytes < 64 ? 9 : 15) / K;  // lines; of 5x5 taps 5 took 1.4 times as long
   constexpr int lines = most < K ? most : K;
   int y = 0;
   for (; y + lines <= K; y += lines) {
@@ -92,22 +99,23 @@ void gradient(const T* image, int64_t width, const T* out, int64_t out_width, in
   }
 }
 
-// `count` pixels of a row of transposed(), every other one, the first under `out` and tap `first`.
-template <int K, int D, int first, int count, typename T>
+// `count` pixels of row `row` of transposed(), every other one: the first lies under `out` and column
+// `tap` of the taps.
+template <int K, int D, int tap, int count, typename T>
 RDARTS_METHOD void transposed_pixels(const T* out, int64_t out_width, const T* taps, int64_t row,
                                      T* to) {
   constexpr int L = kVector<T>, step = D == 1 ? 2 : 1;
   Vec<T> sum[count];
   RDARTS_UNROLL
   for (int q = 0; q < count; ++q) sum[q] = Vec<T>{};
-  for (int64_t y = D == 1 ? row % 2 : 0; y < K; y += step) {
+  for (int64_t y = row % step; y < K; y += step) {
     const T* const line = out + (row - y * D) / 2 * out_width * L;
     RDARTS_UNROLL
-    for (int x = first; x < K; x += step) {
-      const Vec<T> tap = load(taps + (y * K + x) * L);
+    for (int x = tap; x < K; x += step) {
+      const Vec<T> weight = load(taps + (y * K + x) * L);
       RDARTS_UNROLL
       for (int q = 0; q < count; ++q) {
-        sum[q] += tap * load(line + (q - (x - first) / step) * L);
+        sum[q] += weight * load(line + (q - (x - tap) / step) * L);
       }
     }
   }
@@ -120,23 +128,24 @@ template <int K, int D, int start, typename T>
 void transposed_row(const T* out, int64_t out_width, const T* taps, int64_t row, int64_t columns,
                     T* to) {
   constexpr int L = kVector<T>, together = 4;
-  constexpr int pad = D * (K / 2), first = (start + pad) % 2;
-  if (D == 2 && (first > 0 || row % 2 > 0)) {  // under no tap
+  constexpr int pad = D * (K / 2), tap = (start + pad) % 2;
+  if (D == 2 && (tap > 0 || row % 2 > 0)) {  // under no tap
     for (int64_t column = start; column < columns; column += 2) store<T>(to + column * L, Vec<T>{});
     return;
   }
-  const T* from = out + (start + pad - first) / 2 * L;
+  const T* from = out + (start + pad - tap) / 2 * L;
   int64_t column = start;
   for (; column + 2 * together - 2 < columns; column += 2 * together, from += together * L) {
-    transposed_pixels<K, D, first, together>(from, out_width, taps, row, to + column * L);
+    transposed_pixels<K, D, tap, together>(from, out_width, taps, row, to + column * L);
   }
   for (; column < columns; column += 2, from += L) {
-    transposed_pixels<K, D, first, 1>(from, out_width, taps, row, to + column * L);
+    transposed_pixels<K, D, tap, 1>(from, out_width, taps, row, to + column * L);
   }
 }
 
 // The gradient of `rows` rows of an image below a convolution of stride 2, inside of its padding, from
-// row `first` on; to: [rows, columns, L]. out: its pixel 0, with a border of half the padding.
+// row `first` on; to: [rows, columns, L]. out: its pixel 0, with a border of half the padding, rounded
+// up.
 template <int K, int D, typename T>
 void transposed(const T* out, int64_t out_width, const T* taps, int64_t first, int64_t rows,
                 int64_t columns, T* to) {

@@ -13,7 +13,7 @@
 namespace rdarts {
 namespace {
 
-constexpr int64_t kTilePixels = 64;  // of output that stay in the first-level cache
+constexpr int64_t kTilePixels = 64;  // of output that are worked on at once, in a near cache
 constexpr int64_t kMostChunks = 16;  // parts of a batch, each with gradients of the weights of its own
 
 template <typename T>
@@ -114,18 +114,20 @@ class Pixels {
                            int64_t step = 1) const {
     constexpr int L = kVector<T>;
     const T* from = data_ + row * row_ + first * column_ + v * L * step_;
-    if (inner_ && channels_ - v * L >= L) {
+    const int64_t rest = channels_ - v * L;
+    if (inner_ && rest >= L) {
       for (int64_t i = 0; i < count; ++i, from += step * column_) body(i, load(from));
+    } else if (inner_) {
+      for (int64_t i = 0; i < count; ++i, from += step * column_) body(i, load_part(from, rest));
     } else {
       for (int64_t i = 0; i < count; ++i) body(i, get(row, first + i * step, v));
     }
   }
 
-  // Block v of the first pixel of a row, where the elements of all rows lie side by side and the block
-  // is whole, else null: the next pixel lies `channels()` further.
+  // Block v of the first pixel of a row, where the elements of all rows lie side by side, else null:
+  // the next pixel lies `channels()` further.
   const T* dense(int64_t row, int v) const {
-    const bool whole = channels_ - v * kVector<T> >= kVector<T>;
-    return dense_ && whole ? data_ + row * row_ + v * kVector<T> : nullptr;
+    return dense_ ? data_ + row * row_ + v * kVector<T> : nullptr;
   }
   int64_t channels() const { return channels_; }
 

@@ -16,8 +16,8 @@ namespace {
 
 #define RDARTS_UNROLL _Pragma("GCC unroll 32")
 
-// Memory that comes into the cache while products are computed, a line or two at every step of
-// their depth: all at once, they would be waited for.
+// Memory that comes into the cache while products are computed, a line at every step of their depth:
+// all at once, they would be waited for.
 class Ahead {
  public:
   // What some steps fetch: a line each, `step` bytes from the last.
@@ -37,15 +37,15 @@ class Ahead {
     each_ = static_cast<float>(lines_) / static_cast<float>(std::max<int64_t>(1, steps));
   }
 
-  // The lines of the next `steps` steps, `idle` where none is left. Where steps are too few for all,
-  // some more are fetched now.
+  // The lines of the next `steps` steps, `idle` where none is left. What the plan has beyond them is
+  // fetched now.
   RDARTS_METHOD Lines take(int steps, const void* idle) {
     if (run_ == count_) return {static_cast<const char*>(idle), 0};
     const char* const at = runs_[run_].at;
     const int64_t left = (runs_[run_].end - at + kLine - 1) / kLine;
     const int64_t own = left < steps ? left : steps;
     skip(own);
-    if (each_ > 1) fetch_now(each_ * static_cast<float>(steps) - static_cast<float>(own));
+    fetch_now(each_ * static_cast<float>(steps) - static_cast<float>(own));
     return {at, own == steps ? kLine : own * kLine / steps};
   }
 
@@ -69,7 +69,7 @@ class Ahead {
   Run runs_[kMost];
   int count_ = 0, run_ = 0;
   int64_t lines_ = 0;
-  float each_ = 0.0f, owed_ = 0.0f;  // lines a step, and those that steps were too few for
+  float each_ = 0.0f, owed_ = 0.0f;  // lines a step, and those that are behind the plan
 };
 
 template <typename T>

@@ -224,7 +224,7 @@ void forward_sample(const MixingForward& a, const Sizes& g, const Memory<T>& mem
       T* const square = memory.square + own_sums;
       if (first == 0) take_pivot(p, pivot, half.channels, at + 2 * g.out_channels);
       p.ahead = &ahead;
-      multiply<false>(p, Summed<T>{pivot, sum, square, half.channels, g.tile() * g.out_channels});
+      multiply<false>(p, Summed<T>{pivot, sum, square, half.channels, pixels * g.out_channels});
       drain(sum, half.channels, at);
       drain(square, half.channels, at + g.out_channels);
     }
@@ -305,8 +305,8 @@ void backward_sample(const MixingBackward& a, const Sizes& g, const Memory<T>& m
     fetch_rows<T>(a.g, m.edges, g, next, 1, ahead);
     if (a.by_z) fetch_rows<T>(a.z, m.edges, g, next, 1, ahead);
     for (int s = 0; s < m.sources; ++s) {
-      const bool read = a.adds[s] || m.stride > 1;
-      if (a.dv[s].data && read) fetch_rows<T>(&a.dv[s], 1, g, {n, first}, m.stride, ahead);
+      if (!a.dv[s].data || !(a.adds[s] || m.stride > 1)) continue;  // else it is not read
+      fetch_rows<T>(&a.dv[s], 1, g, {n, first}, m.stride, ahead);
     }
     int64_t steps = 0;
     for (const Half<T>& half : memory.operands->halves) {

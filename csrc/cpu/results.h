@@ -13,15 +13,15 @@ const T* row_of(const void* table, int64_t row, int64_t size) {
   return static_cast<const T*>(table) + row * size;
 }
 
-// Stores rows of z and adds them, less the pivot, to sums in the array's type. What is stored in the
-// cache would wait for the old contents: those of the next tile's rows are fetched.
+// Stores rows of z and adds them, less the pivot, to sums in the array's type. A store to the cache
+// waits for the line's old contents, so those of the next tile are fetched.
 template <typename T>
 struct Summed {
   const T* pivot;  // [blocks, L] each
   T* sum;
   T* square;
   int64_t channels;
-  int64_t tile;  // numbers from a tile's rows to those of the next
+  int64_t next;  // numbers from here to there in the next tile
   bool past_cache = false;  // then every vector of z is aligned
 
   template <int rows, int wide, typename>
@@ -46,12 +46,15 @@ struct Summed {
       } else if (channels - at >= L) {
         RDARTS_UNROLL
         for (int r = 0; r < rows; ++r) {
-          __builtin_prefetch(c + offset[r] + tile, 1);
+          __builtin_prefetch(c + offset[r] + next);
           store<T>(c + offset[r], value[r][i]);
         }
       } else {
         RDARTS_UNROLL
-        for (int r = 0; r < rows; ++r) store_part<T>(c + offset[r], value[r][i], channels - at);
+        for (int r = 0; r < rows; ++r) {
+          __builtin_prefetch(c + offset[r] + next);
+          store_part<T>(c + offset[r], value[r][i], channels - at);
+        }
       }
     }
   }
@@ -143,11 +146,15 @@ void gradient_rows(const Pixels<T>& g, const Pixels<T>* z, const GradientMap<T>&
     T* const to = dz + v * tile * L;
     const T *const dense_g = g.dense(first, v), *const dense_z = z ? z->dense(first, v) : nullptr;
     if (dense_g && dense_z) {
-      const int64_t step = g.channels();
-      for (int64_t i = 0; i < rows * width; ++i) {
-        const Vec<T> rest = by_z * load(dense_z + i * step) + constant;
-        store<T>(to + i * L, by_g * load(dense_g + i * step) + rest);
-      }
+      const int64_t step = g.channels(), count = step - v * L;
+      const auto fill = [&](const auto& get) {
+        for (int64_t i = 0; i < rows * width; ++i) {
+          const Vec<T> rest = by_z * get(dense_z + i * step) + constant;
+          store<T>(to + i * L, by_g * get(dense_g + i * step) + rest);
+        }
+      };
+      if (count < L) fill([&](const T* from) { return load_part(from, count); });
+      else fill([&](const T* from) { return load(from); });
       continue;
     }
     for (int64_t row = 0; row < rows; ++row) {

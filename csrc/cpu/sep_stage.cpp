@@ -176,8 +176,8 @@ inline Spot after(const Spot& at, int edges, int64_t from, int64_t to, int64_t s
   return to < samples ? Spot{0, to} : at;
 }
 
-// One sample of one edge whose image is filled; sums: [3, O] of this sample. next: what the image of
-// the one after it is filled from.
+// One sample of one edge whose image is filled; sums: [3, O] of this sample. next: x of the one after
+// it.
 template <typename T>
 void forward_sample(const Depthwise<T>& kernel, const Sizes& g, const Edge<T>& edge,
                     const ForwardMemory<T>& m, const Array& z, int64_t n, const int* offset,
@@ -196,7 +196,7 @@ void forward_sample(const Depthwise<T>& kernel, const Sizes& g, const Edge<T>& e
                     pixels, static_cast<int>(g.channels), g.out};
     if (first == 0) take_pivot(p, m.pivot, g.out_channels, sums + 2 * g.out_channels);
     p.ahead = &ahead;
-    multiply<false>(p, Summed<T>{m.pivot, m.sum, m.square, g.out_channels, g.tile() * g.out_channels,
+    multiply<false>(p, Summed<T>{m.pivot, m.sum, m.square, g.out_channels, pixels * g.out_channels,
                                  !read_soon && result.aligned()});
     drain(m.sum, g.out_channels, sums);
     drain(m.square, g.out_channels, sums + g.out_channels);
@@ -249,7 +249,7 @@ struct BackwardMemory {
     constexpr int64_t L = kVector<T>;
     image = parts.take(g.in * g.padded_pixels * L);
     out = parts.take(g.in * g.out_padded_pixels * L);
-    d = parts.take(std::max(g.in * g.tile(), g.tile_rows * g.width) * L);
+    d = parts.take(std::max(g.in * g.tile(), g.tile_rows * g.width) * L);  // or a block's dimage
     dz = parts.take(g.out * g.tile() * L);
   }
 

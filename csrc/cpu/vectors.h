@@ -43,17 +43,15 @@ RDARTS_METHOD void store_past_cache(T* to, const Vec<T>& vector) {
   store_wide_past_cache(to, &vector);
 }
 
+// `count` numbers, fewer than a vector has, and zeros.
 template <typename T>
 RDARTS_METHOD Vec<T> load_part(const T* from, int64_t count) {
-  Vec<T> vector = {};
-  std::memcpy(&vector, from, count * sizeof(T));
-  return vector;
+  return load_words<Vec<T>>(from, count * int64_t{sizeof(T) / 4});
 }
 
-// By value: what memcpy takes the address of would not stay in a register.
 template <typename T>
-RDARTS_METHOD void store_part(T* to, Vec<T> vector, int64_t count) {
-  std::memcpy(to, &vector, count * sizeof(T));
+RDARTS_METHOD void store_part(T* to, const Vec<T>& vector, int64_t count) {
+  store_words(to, vector, count * int64_t{sizeof(T) / 4});
 }
 
 // NaN stays NaN, as in torch.
