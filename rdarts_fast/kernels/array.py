@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,20 +122,33 @@ def empty(
     On the CPU in memory that earlier results have left (csrc/bindings_memory.cpp), but where torch
     is asked to fill what it allocates (torch.use_deterministic_algorithms).
     """
+    return empties(1, like, shape, format_, dtype)[0]
+
+
+def empties(
+    count: int,
+    like: Tensor,
+    shape: Sequence[int],
+    format_: torch.memory_format,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Return `count` such tensors."""
     dtype = like.dtype if dtype is None else dtype
     size = math.prod(shape) * dtype.itemsize
     filled = torch.are_deterministic_algorithms_enabled()
     if like.device.type != "cpu" or size < LEAST_KEPT or filled:
-        return torch.empty(shape, dtype=dtype, device=like.device, memory_format=format_)
-    try:
-        block = torch.frombuffer(native.extension.Block(size), dtype=dtype)
-    except MemoryError:  # torch says how much it was
-        return torch.empty(shape, dtype=dtype, memory_format=format_)
+        how: Any = {"dtype": dtype, "device": like.device, "memory_format": format_}
+        return [torch.empty(shape, **how) for _ in range(count)]
     c, h, w = shape[1:]
-    # In place: autograd adds to a gradient where it lies unless that is another tensor's view.
-    if format_ == torch.channels_last:
-        return block.as_strided_(shape, (c * h * w, 1, w * c, c))
-    return block.as_strided_(shape, (c * h * w, h * w, w, 1))
+    strides = (
+        (c * h * w, 1, w * c, c) if format_ == torch.channels_last else (c * h * w, h * w, w, 1)
+    )
+    new, view = native.extension.Block, torch.frombuffer
+    try:
+        # In place: autograd adds to a gradient where it lies unless that is another tensor's view.
+        return [view(new(size), dtype=dtype).as_strided_(shape, strides) for _ in range(count)]
+    except MemoryError:  # torch says how much it was
+        return [torch.empty(shape, dtype=dtype, memory_format=format_) for _ in range(count)]
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -175,6 +189,7 @@ def flat(tensors: Sequence[Tensor | None]) -> list[int]:
 
     Raises ValueError for a lazily negated view, whose memory holds the opposite.
     """
+    hold(tensors)
     numbers: list[int] = []
     for tensor in tensors:
         if tensor is None:
@@ -182,14 +197,17 @@ def flat(tensors: Sequence[Tensor | None]) -> list[int]:
             continue
         if tensor.is_neg():
             raise ValueError("expected plain tensors, got a negated view: call resolve_neg() on it")
-        numbers.append(address(tensor))
+        numbers.append(tensor.data_ptr())
         numbers += tensor.stride()
     return numbers
 
 
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Return where tensors lie, which launches that wait keep alive; 0 for None."""
+    hold(tensors)
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
 def address(x: Tensor | None) -> int:
     """Return where `x` lies, which launches that wait keep alive; 0 for None."""
-    if x is None:
-        return 0
-    hold(x)
-    return x.data_ptr()
+    return addresses((x,))[0]

@@ -126,8 +126,8 @@ def _launch(
         out_shape,
         array.flat(z),
         geometry,
-        [array.address(weight) for weight in weights for _ in range(count)],
-        *map(array.address, maps),
+        array.addresses([weight for weight in weights for _ in range(count)]),
+        *array.addresses(maps),
         array.address(buffer),
         place,
     )

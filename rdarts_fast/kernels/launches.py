@@ -9,7 +9,7 @@ GPU's stream. What reads a result earlier asks for `run_waiting` first, and code
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ class _Queue(threading.local):
     calls: list[tuple[Any, tuple[Any, ...]]] | None = None  # None: launches do not wait
 
     def __init__(self) -> None:
-        self.held: list[Tensor] = []  # what they read and write
+        self.held: list[Tensor | None] = []  # what they read and write
         self.scratch: dict[Any, Any] = {}
 
 
@@ -41,10 +41,10 @@ def launch(name: str, *arguments: Any) -> None:
         _queue.calls.append((function, arguments))
 
 
-def hold(x: Tensor) -> None:
-    """Keep x, whose address a launch takes, for as long as launches wait."""
+def hold(tensors: Iterable[Tensor | None]) -> None:
+    """Keep tensors, whose addresses a launch takes, for as long as launches wait."""
     if _queue.calls is not None:
-        _queue.held.append(x)
+        _queue.held.extend(tensors)
 
 
 def scratch(key: Any, make: Callable[[], Made]) -> Made:

@@ -105,7 +105,7 @@ def launch_mixings(
     given, results = [], []
     for sources, own in zip(calls, rows, strict=True):
         x, shape, edges = sources.x, sources.out_shape(), len(sources.weights)
-        z = [array.empty(x[0], shape, torch.channels_last) for _ in sources.weights]
+        z = array.empties(edges, x[0], shape, torch.channels_last)
         buffer = _buffer(sources, backward=False)
         given.append((_at(sources, buffer), array.flat(z), own))
         results.append((z, buffer[: 3 * edges * shape[1]].view(3, edges, shape[1])))
@@ -163,10 +163,10 @@ def launch_mixings_backward(
             (
                 _at(sources, buffer),
                 array.flat((*g, *z)),
-                tuple(map(array.address, affine)),
+                tuple(array.addresses(affine)),
                 array.flat(dv),
                 adds,
-                [array.address(half) for half in dweights],
+                array.addresses(dweights),
             )
         )
         results.append(dweights)
@@ -182,7 +182,7 @@ def _at(sources: Sources, buffer: Tensor) -> tuple[Any, ...]:
         array.flat(sources.x),
         sources.out_shape(),
         sources.stride,
-        [array.address(half) for edge in sources.weights for half in edge],
+        array.addresses([half for edge in sources.weights for half in edge]),
         array.address(sources.scale),
         array.address(sources.shift),
         array.address(buffer),

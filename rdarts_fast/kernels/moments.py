@@ -52,7 +52,7 @@ def tangent_moments(dz: Tensor, result: Tensor, gradient: Tensor, weights: Tenso
     given = array.DTYPES[dz.dtype], directions, tuple(result.shape)
     doubles = native.extension.moments_buffer(*given, place)
     buffer = torch.empty(doubles, dtype=torch.float64, device=dz.device)
-    addresses = [array.address(x) for x in (dz, result, gradient, weights)]
+    addresses = array.addresses((dz, result, gradient, weights))
     launch("tangent_moments", *given, addresses, array.address(buffer), place)
     sums = buffer[: directions**2 + 3 * size]
     pairs, *rest = sums.split([directions**2, size, size, size])

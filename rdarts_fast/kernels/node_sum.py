@@ -198,7 +198,7 @@ def native_noise(
         return None
     draws, sites = key
     stream = draws.branch << 16 | draws.pass_index
-    addresses = map(array.address, (draws.clock, weights, factors, kept))
+    addresses = array.addresses((draws.clock, weights, factors, kept))
     return (draws.seed, draws.step, stream, *addresses, *sites)
 
 

@@ -107,7 +107,7 @@ class NormTable:
                 for rows, g in sums
                 for n in (array.address(rows) + 8 * g * channels, rows.stride(0))
             ],
-            [array.address(buffer) for own in running for buffer in own],
+            array.addresses([buffer for own in running for buffer in own]),
             rule,
             native.place(self.device),
         )
@@ -123,8 +123,8 @@ class NormTable:
         on: their buffers, eps and momentum, and where the scales and shifts go, [G, C] each, that
         normalise them.
         """
-        buffers = [array.address(buffer) for own in running for buffer in own]
-        return self.address(), first, buffers, rule, *map(array.address, maps)
+        buffers = array.addresses([buffer for own in running for buffer in own])
+        return self.address(), first, buffers, rule, *array.addresses(maps)
 
     def node(
         self,

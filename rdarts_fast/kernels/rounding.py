@@ -36,8 +36,8 @@ def rounded(
         scale, shift = map(array.contiguous, (scale, shift))
         launch(
             "rounding",
-            [array.address(x) for x in innermost],
-            [array.address(x) for x in out],
+            array.addresses(innermost),
+            array.addresses(out),
             math.prod(shape),
             shape[1],
             array.address(scale),

@@ -115,7 +115,7 @@ def sep_stage_twin(operands: Operands) -> list[Tensor]:
 def launch_sep_stage(operands: Operands) -> tuple[list[Tensor], Tensor]:
     """Return z and its sums about a pivot, of squares, and the pivots: [3, G, O], float64."""
     x, shape = operands.x, operands.out_shape()
-    z = [array.empty(x[0], shape, torch.channels_last) for _ in x]
+    z = array.empties(len(x), x[0], shape, torch.channels_last)
     buffer = _buffer(operands, backward=False)
     launch(
         "sep_stage",
@@ -165,11 +165,11 @@ def launch_sep_stage_backward(
         _addresses(operands),
         array.address(operands.scale),
         array.address(operands.shift),
-        tuple(map(array.address, affine)),
+        tuple(array.addresses(affine)),
         array.flat(dv),
         adds,
         wants_sums,
-        [array.address(w) for w in dweights],
+        array.addresses(dweights),
         array.address(buffer),
         native.place(x[0].device),
     )
@@ -192,7 +192,7 @@ def _buffer(operands: Operands, *, backward: bool) -> Tensor:
 
 
 def _addresses(operands: Operands) -> list[int]:
-    return [array.address(w) for w in (*operands.depthwise, *operands.pointwise)]
+    return array.addresses((*operands.depthwise, *operands.pointwise))
 
 
 def _check(

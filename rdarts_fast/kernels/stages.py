@@ -49,7 +49,7 @@ def launch_stages(
     x: G tensors [N, C, H, W]. rule: eps and momentum of the batch norms.
     """
     shapes = _shapes(x, links)
-    z = [[array.empty(x[0], shape, torch.channels_last) for _ in x] for shape in shapes]
+    z = [array.empties(len(x), x[0], shape, torch.channels_last) for shape in shapes]
     dtype = array.coefficient_dtype(x[0].dtype)
     maps = torch.empty(len(links), 2, len(x), shapes[0][1], dtype=dtype, device=x[0].device)
     running = [[buffer for own in link.running for buffer in own] for link in links]
@@ -134,9 +134,9 @@ def _stages(
             shape,
             array.flat(tensors),
             link.geometry,
-            [array.address(w) for w in link.weights],
+            array.addresses(link.weights),
             link.first,
-            [array.address(tensor) for tensor in others],
+            array.addresses(others),
         )
         for shape, tensors, link, others in zip(shapes, z, links, more, strict=True)
     ]
@@ -168,6 +168,6 @@ def _between(like: Tensor, s: int, shape: Sequence[int], together: int) -> list[
     """Return room for the gradients of stage s's z, of as many edges as go together."""
 
     def make() -> list[Tensor]:
-        return [array.empty(like, shape, torch.channels_last) for _ in range(together)]
+        return array.empties(together, like, shape, torch.channels_last)
 
     return scratch(("between", s, shape, together), make)

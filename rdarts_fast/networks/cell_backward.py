@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rdarts_fast.kernels.array import chosen, coefficient_dtype, empty
+from rdarts_fast.kernels.array import chosen, coefficient_dtype, empties, empty
 from rdarts_fast.kernels.launches import at_once, run_waiting, together
 from rdarts_fast.kernels.mixing import (
     MixingGradients,
@@ -177,7 +177,7 @@ class CellBackward(CellPass):
         count, first = len(both) // INPUTS, self.plan.sources[0].skip_row
         scale, _, _ = self.table.rows(first, len(both))
         terms, like = self.gradients_into(both[:count]), self.kept.states[0]
-        out = [empty(like, like.shape, torch.channels_last) for _ in range(INPUTS)]
+        out = empties(INPUTS, like, like.shape, torch.channels_last)
         return launch_node_sums(scale, self.factors_of(both), terms, out)
 
     def scale_of(self, source: Source, count: int, *, own: bool) -> Tensor:
