@@ -24,6 +24,9 @@ int blocks_of(int64_t channels) {
 inline int64_t chunk_of(int64_t samples) {
   return std::max<int64_t>(1, (samples + kMostChunks - 1) / kMostChunks);
 }
+// Samples that a thread takes at once where no gradients of weights are added up: fewer, as the others
+// wait for the last one.
+inline int64_t piece_of(int64_t samples) { return std::min<int64_t>(2, chunk_of(samples)); }
 
 // Rows of a tile of an image, which may be empty.
 inline int64_t tile_rows_of(int64_t height, int64_t width) {

@@ -128,11 +128,11 @@ struct Memory {
   }
 };
 
-// body(memory) in every thread, over the samples [from, to) of a chunk.
+// body(memory) in every thread, over the samples [from, to) of a piece.
 template <typename T, typename Body>
-void in_chunks(const Mixing& m, const Sizes& g, const Operands<T>& operands, int threads,
+void in_pieces(const Mixing& m, const Sizes& g, const Operands<T>& operands, int64_t piece, int threads,
                const Body& body) {
-  parallel_for(g.samples, chunk_of(g.samples), threads, [&](int64_t from, int64_t to) {
+  parallel_for(g.samples, piece, threads, [&](int64_t from, int64_t to) {
     Parts<T> needed;
     Memory<T>(m, g, operands, needed);
     Parts<T> parts(scratch<T>(needed.used()));
@@ -239,7 +239,8 @@ void forward_of(const MixingForward& a, int threads) {
   for (int64_t i = 0; i < g.tile(); ++i) offset[i] = static_cast<int>(i * g.out_channels);
   const Packed<T, Operands<T>> packed(m, g);
   packed->pack(m, g);
-  in_chunks<T>(m, g, *packed, threads, [&](const Memory<T>& memory, int64_t from, int64_t to) {
+  const int64_t piece = piece_of(g.samples);
+  in_pieces<T>(m, g, *packed, piece, threads, [&](const Memory<T>& memory, int64_t from, int64_t to) {
     for (int64_t n = from; n < to; ++n) {
       double* const sums = a.workspace + n * m.edges * 3 * g.out_channels;
       forward_sample(a, g, memory, n, offset.data(), sums);
@@ -380,7 +381,8 @@ void backward_of(const MixingBackward& a, int threads) {
     const int64_t first = i / m.halves * g.out_channels + half.first;
     half.map.pack(a.by_g, a.by_z, a.constant, first, half.channels);
   }
-  in_chunks<T>(m, g, *packed, threads, [&](const Memory<T>& memory, int64_t from, int64_t to) {
+  const int64_t piece = a.dweights ? chunk : piece_of(g.samples);
+  in_pieces<T>(m, g, *packed, piece, threads, [&](const Memory<T>& memory, int64_t from, int64_t to) {
     T* const weights = a.dweights ? partial + from / chunk * own : nullptr;
     if (weights) std::fill_n(weights, own, T(0));
     for (int64_t n = from; n < to; ++n) {

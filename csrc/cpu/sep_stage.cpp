@@ -168,8 +168,8 @@ struct Spot {
   int64_t n;
 };
 
-// The one after it, which its thread mostly takes next: of a chunk [from, to) of samples edge by edge,
-// then of the next chunk. After the last one, itself.
+// The one after it, which its thread mostly takes next: of samples [from, to) edge by edge, then of
+// those that follow. After the last one, itself.
 inline Spot after(const Spot& at, int edges, int64_t from, int64_t to, int64_t samples) {
   if (at.n + 1 < to) return {at.e, at.n + 1};
   if (at.e + 1 < edges) return {at.e + 1, from};
@@ -217,7 +217,7 @@ void forward_of(const StageForward& a, int threads) {
     const T* const w = static_cast<const T*>(s.pointwise[e]);
     pack_matrix<T>(w, g.channels, g.out_channels, 1, g.channels, packed->edges[e].matrix);
   }
-  parallel_for(g.samples, chunk_of(g.samples), threads, [&](int64_t from, int64_t to) {
+  parallel_for(g.samples, piece_of(g.samples), threads, [&](int64_t from, int64_t to) {
     Parts<T> needed;
     ForwardMemory<T>(g, needed);
     Parts<T> parts(scratch<T>(needed.used()));
@@ -450,7 +450,8 @@ void backward_of(const StageBackward& a, int threads) {
                    edge.matrix);
     edge.map.pack(a.by_g, a.by_z, a.constant, e * g.out_channels, g.out_channels);
   }
-  parallel_for(g.samples, chunk, threads, [&](int64_t from, int64_t to) {
+  const int64_t piece = a.ddepthwise ? chunk : piece_of(g.samples);
+  parallel_for(g.samples, piece, threads, [&](int64_t from, int64_t to) {
     Parts<T> needed;
     BackwardMemory<T>(g, needed);
     Parts<T> parts(scratch<T>(needed.used()));

@@ -59,6 +59,11 @@ def scratch(key: Any, make: Callable[[], Made]) -> Made:
     return made
 
 
+def place_on(device: torch.device) -> Any:
+    """Return native.place(device), of launches that wait for each other the same."""
+    return scratch(("place", device), lambda: native.place(device))
+
+
 def run_waiting() -> None:
     """Run the launches that wait."""
     calls = _queue.calls

@@ -19,7 +19,7 @@ from torch.autograd import Function
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
-from rdarts_fast.kernels.launches import launch
+from rdarts_fast.kernels.launches import launch, place_on
 from rdarts_fast.kernels.node_sum import node_sum_dq
 from rdarts_fast.kernels.sep_stage import Affine
 
@@ -110,7 +110,7 @@ def launch_mixings(
         given.append((_at(sources, buffer), array.flat(z), own))
         results.append((z, buffer[: 3 * edges * shape[1]].view(3, edges, shape[1])))
     x = calls[0].x
-    launch("mixing", array.DTYPES[x[0].dtype], given, native.place(x[0].device))
+    launch("mixing", array.DTYPES[x[0].dtype], given, place_on(x[0].device))
     return results
 
 
@@ -171,7 +171,7 @@ def launch_mixings_backward(
         )
         results.append(dweights)
     x = calls[0].sources.x
-    launch("mixing_backward", array.DTYPES[x[0].dtype], given, native.place(x[0].device))
+    launch("mixing_backward", array.DTYPES[x[0].dtype], given, place_on(x[0].device))
     return results
 
 
@@ -198,7 +198,7 @@ def _buffer(sources: Sources, *, backward: bool) -> Tensor:
         tuple(x.shape),
         sources.out_shape(),
         backward,
-        native.place(x.device),
+        place_on(x.device),
     )
     return torch.empty(size, dtype=torch.float64, device=x.device)
 

@@ -20,7 +20,7 @@ from torch.autograd import Function
 from rdarts_fast import native
 from rdarts_fast.draws import Draws
 from rdarts_fast.kernels import array
-from rdarts_fast.kernels.launches import launch
+from rdarts_fast.kernels.launches import launch, place_on
 
 Key = tuple[Draws, tuple[int, ...]]
 
@@ -247,7 +247,7 @@ def launch_node_sum(
         array.address(shift),
         array.address(factors),
         native_noise(key, weights, drawn_factors),
-        native.place(out.device),
+        place_on(out.device),
     )
     return out
 
@@ -265,7 +265,7 @@ def launch_node_sum_dq(
     """
     factors, drawn_factors = map(array.contiguous, (factors, drawn_factors))
     pivot = None if pivot is None else array.contiguous(pivot.double())
-    shape, place = tuple(g.shape), native.place(g.device)
+    shape, place = tuple(g.shape), place_on(g.device)
     count, sites = 2 * len(z) * shape[1], 0 if key is None else len(key[1])
     space = native.extension.workspace(shape, len(z), sites, place)
     buffer = torch.empty(count + sites + space, dtype=torch.float64, device=g.device)
@@ -306,7 +306,7 @@ def launch_affine(
         array.address(by_z),
         array.address(constant),
         array.address(factors),
-        native.place(like.device),
+        place_on(like.device),
     )
 
 
@@ -326,7 +326,7 @@ def launch_node_sums(
         len(out),
         array.address(rows),
         array.address(factors),
-        native.place(z[0].device),
+        place_on(z[0].device),
     )
     return list(out)
 
@@ -342,7 +342,7 @@ def launch_scaled(z: Sequence[Tensor], scale: Tensor, shift: Tensor) -> list[Ten
         array.flat((*z, *out)),
         array.address(scale),
         array.address(shift),
-        native.place(z[0].device),
+        place_on(z[0].device),
     )
     return out
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
-from rdarts_fast.kernels.launches import launch
+from rdarts_fast.kernels.launches import launch, place_on
 from rdarts_fast.kernels.node_sum import Key, native_noise
 from rdarts_fast.kernels.sep_stage import Affine
 
@@ -109,7 +109,7 @@ class NormTable:
             ],
             array.addresses([buffer for own in running for buffer in own]),
             rule,
-            native.place(self.device),
+            place_on(self.device),
         )
 
     def rows_at(
@@ -151,7 +151,7 @@ class NormTable:
             array.address(factors),
             None if drawn is None else drawn.native(backward=False),
             array.address(kept),
-            native.place(self.device),
+            place_on(self.device),
         )
         return out, kept[0]
 
@@ -171,7 +171,7 @@ class NormTable:
 
         kept: as `node` returned it. one: a row whose by_g is to be 1, below 0 for none.
         """
-        shape, place = tuple(g.shape), native.place(self.device)
+        shape, place = tuple(g.shape), place_on(self.device)
         sites = 0 if drawn is None else len(drawn.indices)
         size = sites + native.extension.workspace(shape, len(z), sites, place)
         buffer = torch.empty(size, dtype=torch.float64, device=self.device)
@@ -194,7 +194,7 @@ class NormTable:
 
     def norms_backward(self, g: Sequence[Tensor], z: Sequence[Tensor], first: int) -> None:
         """Fill K rows from `first` on, from the gradients of the normalised z."""
-        shape, place = tuple(z[0].shape), native.place(self.device)
+        shape, place = tuple(z[0].shape), place_on(self.device)
         space = native.extension.workspace(shape, len(z), 0, place)
         buffer = torch.empty(space, dtype=torch.float64, device=self.device)
         launch(

@@ -19,7 +19,7 @@ from torch.autograd import Function
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
-from rdarts_fast.kernels.launches import launch
+from rdarts_fast.kernels.launches import launch, place_on
 
 KINDS = ("max", "avg")
 Kinds = tuple[str, ...]
@@ -100,7 +100,7 @@ def launch_pools(x: Tensor, stride: int, kinds: Kinds) -> tuple[list[Tensor], Op
     shape, c, k = tuple(x.shape), x.shape[1], len(kinds)
     if x.device.type == "meta" or shape[0] == 0:
         return values, place, torch.zeros(3, k, c, dtype=torch.float64, device=x.device)
-    where = native.place(x.device)
+    where = place_on(x.device)
     space = native.extension.workspace(_pooled_shape(x, stride), k, 0, where)
     buffer = torch.empty(3 * k * c + space, dtype=torch.float64, device=x.device)
     launch(
@@ -129,7 +129,7 @@ def launch_pool_adjoint(
             tuple(dx.shape),
             stride,
             array.flat((dx, *_by_kind(kinds, g), place)),
-            native.place(dx.device),
+            place_on(dx.device),
         )
     return dx
 
@@ -144,7 +144,7 @@ def launch_pool_tangent(x: Tensor, stride: int, kinds: Kinds, place: Optional) -
             tuple(x.shape),
             stride,
             array.flat((x, *_by_kind(kinds, values), place)),
-            native.place(x.device),
+            place_on(x.device),
         )
     return values
 

@@ -21,7 +21,7 @@ from torch.autograd import Function
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
-from rdarts_fast.kernels.launches import launch
+from rdarts_fast.kernels.launches import launch, place_on
 from rdarts_fast.kernels.node_sum import node_sum_dq
 
 KERNELS = (3, 5, 7)
@@ -129,7 +129,7 @@ def launch_sep_stage(operands: Operands) -> tuple[list[Tensor], Tensor]:
         array.address(operands.scale),
         array.address(operands.shift),
         array.address(buffer),
-        native.place(x[0].device),
+        place_on(x[0].device),
     )
     return z, buffer[: 3 * len(x) * shape[1]].view(3, len(x), shape[1])
 
@@ -171,7 +171,7 @@ def launch_sep_stage_backward(
         wants_sums,
         array.addresses(dweights),
         array.address(buffer),
-        native.place(x[0].device),
+        place_on(x[0].device),
     )
     size = 2 * len(x) * x[0].shape[1]
     sums = buffer[:size].view(2, len(x), x[0].shape[1]) if wants_sums else None
@@ -186,7 +186,7 @@ def _buffer(operands: Operands, *, backward: bool) -> Tensor:
         operands.out_shape(),
         operands.geometry,
         backward,
-        native.place(x.device),
+        place_on(x.device),
     )
     return torch.empty(size, dtype=torch.float64, device=x.device)
 

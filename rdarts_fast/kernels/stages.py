@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rdarts_fast import native
 from rdarts_fast.kernels import array
-from rdarts_fast.kernels.launches import launch, scratch
+from rdarts_fast.kernels.launches import launch, place_on, scratch
 from rdarts_fast.kernels.norm_table import NormTable, Running
 from rdarts_fast.kernels.sep_stage import Geometry
 
@@ -64,7 +64,7 @@ def launch_stages(
         rule,
         array.address(maps),
         array.address(buffer),
-        native.place(x[0].device),
+        place_on(x[0].device),
     )
     return z, maps
 
@@ -89,7 +89,7 @@ def launch_stages_backward(
     fills the others. dv: dense, channels innermost; those of a repeated x may be one tensor.
     """
     shapes = _shapes(x, links)
-    dtype, place = array.DTYPES[x[0].dtype], native.place(x[0].device)
+    dtype, place = array.DTYPES[x[0].dtype], place_on(x[0].device)
     together = _together(x)
     between = [_between(x[0], s, shape, together) for s, shape in enumerate(shapes[:-1])]
     dweights = [
@@ -144,7 +144,7 @@ def _stages(
 
 def _together(x: Sequence[Tensor]) -> int:
     """Return how many edges the native functions take at a time."""
-    dtype, place = array.DTYPES[x[0].dtype], native.place(x[0].device)
+    dtype, place = array.DTYPES[x[0].dtype], place_on(x[0].device)
     count: int = native.extension.edges_together(dtype, tuple(x[0].shape), len(x), place)
     return count
 
@@ -157,7 +157,7 @@ def _buffer(
     *,
     backward: bool,
 ) -> Tensor:
-    place, shape = native.place(x[0].device), tuple(x[0].shape)
+    place, shape = place_on(x[0].device), tuple(x[0].shape)
     stages = [(out, link.geometry) for out, link in zip(shapes, links, strict=True)]
     size: int = native.extension.stages_buffer(together, shape, stages, backward, place)
     make = partial(torch.empty, size, dtype=torch.float64, device=x[0].device)
