@@ -108,12 +108,13 @@ def full_size(space: str, seed: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("space", ["s2", "s4"])
 def test_float32_is_as_exact_as_the_reference_over_seeds(space: str) -> None:
-    """Alpha gradients err by the few ReLUs that change sides: of six seeds one may err five times
-    as much as the reference, and the next a fifth. The middle of them is held.
+    """Alpha gradients err by the few ReLUs that change sides: one seed may err five times as much
+    as the reference, and the next a fifth. The middle of them is held; of six it is still by chance
+    1.1 or 1.6 times the reference's, over 60 seeds 1.1 to 1.2 times.
     """
     reference, fused = (
         torch.stack(errors).sqrt().median(dim=0).values
-        for errors in zip(*(full_size(space, seed) for seed in range(6)), strict=True)
+        for errors in zip(*(full_size(space, seed) for seed in range(24)), strict=True)
     )
     assert (fused > 0).all() and (fused <= 1.5 * reference).all(), (reference, fused)
 
