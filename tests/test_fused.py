@@ -109,8 +109,8 @@ def full_size(space: str, seed: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("space", ["s2", "s4"])
 def test_float32_is_as_exact_as_the_reference_over_seeds(space: str) -> None:
     """Alpha gradients err by the few ReLUs that change sides: one seed may err five times as much
-    as the reference, and the next a fifth. The middle of them is held; of six it is still by chance
-    1.1 or 1.6 times the reference's, over 60 seeds 1.1 to 1.2 times.
+    as the reference, and the next a fifth. The middle of so many is held that chance does not
+    decide: of six it came out at 1.1 and, with other roundings, at 1.6 times the reference's.
     """
     reference, fused = (
         torch.stack(errors).sqrt().median(dim=0).values

@@ -445,7 +445,7 @@ void backward_of(const StageBackward& a, int threads) {
   for (int e = 0; e < s.edges; ++e) {
     const Edge<T>& edge = packed->edges[e];
     edge.pack(s, g, e);
-    pack_taps<T>(s.depthwise[e], g.channels, g.taps, true, edge.turned);
+    if (g.stride == 1) pack_taps<T>(s.depthwise[e], g.channels, g.taps, true, edge.turned);
     pack_matrix<T>(static_cast<const T*>(s.pointwise[e]), g.out_channels, g.channels, g.channels, 1,
                    edge.matrix);
     edge.map.pack(a.by_g, a.by_z, a.constant, e * g.out_channels, g.out_channels);

@@ -48,8 +48,8 @@ def hold(tensors: Iterable[Tensor | None]) -> None:
 
 
 def scratch(key: Any, make: Callable[[], Made]) -> Made:
-    """Return make(), memory that a launch and no other code reads and writes; launches that wait
-    for each other share what has the same key.
+    """Return make(): memory that a launch and no other code reads and writes, or what stays the
+    same; launches that wait for each other share what has the same key.
     """
     if _queue.calls is None:
         return make()
